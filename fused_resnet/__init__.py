@@ -1,0 +1,50 @@
+"""Fused kernels for residual networks: drop-in ResNets, fused ops, and the proof that they match torch."""
+
+from fused_resnet import ops
+from fused_resnet._version import __version__
+from fused_resnet.convert import refresh, restore
+from fused_resnet.dispatch import BackendUnavailableError, backend_table, set_backend, use_backend
+from fused_resnet.models.resnet import (
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from fused_resnet.modules import AddReLU, BasicBlock, BNAct, Bottleneck, ConvBNAct
+from fused_resnet.parity import ParityError, verify
+
+__all__ = [
+    "AddReLU",
+    "BNAct",
+    "BackendUnavailableError",
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNAct",
+    "ParityError",
+    "ResNet",
+    "__version__",
+    "backend_table",
+    "ops",
+    "refresh",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "restore",
+    "set_backend",
+    "use_backend",
+    "verify",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

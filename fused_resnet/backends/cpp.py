@@ -1,0 +1,193 @@
+"""The compiled kernels of csrc, loaded from `_C`. Schemas stand here; csrc registers the implementations."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_resnet.folding import accumulate_dtype, update_running_stats
+
+_SCHEMAS = (
+    "add_relu_forward(Tensor x, Tensor residual) -> Tensor",
+    "add_relu_backward(Tensor grad, Tensor out) -> Tensor",
+    "bn_act_train_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor? residual, float momentum, float eps, bool relu) -> (Tensor out, Tensor mean, Tensor var)",
+    "bn_act_eval_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, Tensor? residual,"
+    " float eps, bool relu) -> Tensor",
+    "bn_act_backward(Tensor grad, Tensor x, Tensor? out, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
+    " float eps, bool relu, bool training, bool has_residual)"
+    " -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_residual)",
+)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NOTES = {
+    "conv_bias_act": "conv in torch, epilogue in csrc",
+    "conv_bn_act": "conv in torch, epilogue in csrc",
+}
+
+
+def build_info() -> dict[str, Any]:
+    """What the build of the extension recorded: `built`, and the `reason` where it was not."""
+    try:
+        return json.loads((Path(__file__).parents[1] / "_build_info.json").read_text())
+    except FileNotFoundError:
+        return {"built": False, "reason": "this tree was never installed (no _build_info.json)"}
+    except (OSError, ValueError) as error:
+        return {"built": False, "reason": f"_build_info.json cannot be read: {error}"}
+
+
+@functools.cache
+def _load() -> str | None:
+    """Load the extension once; None, or the reason why it cannot be used."""
+    try:
+        importlib.import_module("fused_resnet._C")
+    except ModuleNotFoundError as error:
+        if error.name != "fused_resnet._C":
+            return f"the extension does not load: {error}"
+        return f"the extension was not built: {build_info().get('reason') or 'unknown reason'}"
+    except Exception as error:  # a broken or foreign binary must never break the import of the package
+        return f"the extension does not load: {error}"
+    return None
+
+
+_library = torch.library.Library("fused_resnet_cpp", "FRAGMENT")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+_ops = torch.ops.fused_resnet_cpp
+
+
+def unavailable(device_type: str) -> str | None:
+    return _load() if device_type == "cpu" else f"no kernels for device {device_type}"
+
+
+def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
+    return None if x.dtype in _DTYPES else f"no kernels for {x.dtype}"
+
+
+@overload
+def _wide(vector: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def _wide(vector: None, x: Tensor) -> None: ...
+def _wide(vector: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if vector is None else vector.to(accumulate_dtype(x.dtype)).contiguous()
+
+
+def add_relu_forward(x: Tensor, residual: Tensor) -> Tensor:
+    return _ops.add_relu_forward.default(x, residual)
+
+
+def add_relu_backward(grad: Tensor, out: Tensor) -> Tensor:
+    return _ops.add_relu_backward.default(grad, out)
+
+
+def _updatable(running: Tensor | None, x: Tensor) -> bool:
+    return running is None or (running.dtype == accumulate_dtype(x.dtype) and running.is_contiguous())
+
+
+def bn_act_train_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    momentum = float(momentum)  # a tensor here lives on the CPU: nothing to wait for
+    args = (residual, momentum, eps, activation == "relu")
+    if _updatable(running_mean, x) and _updatable(running_var, x):
+        result = _ops.bn_act_train_forward.default(x, _wide(gamma, x), _wide(beta, x), running_mean, running_var, *args)
+        for running in (running_mean, running_var):
+            if running is not None and not running.is_inference():
+                torch.autograd.graph.increment_version(running)
+        return result
+    out, mean, var = _ops.bn_act_train_forward.default(x, _wide(gamma, x), _wide(beta, x), None, None, *args)
+    if x.numel():
+        update_running_stats(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1])
+    return out, mean, var
+
+
+def bn_act_eval_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    gamma, beta = _wide(gamma, x), _wide(beta, x)
+    return _ops.bn_act_eval_forward.default(
+        x, gamma, beta, _wide(mean, x), _wide(var, x), residual, eps, activation == "relu"
+    )
+
+
+def bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str | None,
+    training: bool,
+    has_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    relu = activation == "relu"
+    gamma, beta, mean, var = _wide(gamma, x), _wide(beta, x), _wide(mean, x), _wide(var, x)
+    grad_x, grad_gamma, grad_beta, grad_residual = _ops.bn_act_backward.default(
+        grad, x, out, gamma, beta, mean, var, eps, relu, training, has_residual
+    )
+    if not has_residual:
+        return grad_x, grad_gamma, grad_beta, None
+    return grad_x, grad_gamma, grad_beta, grad_residual if relu else grad
+
+
+def conv_bias_act_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str | None,
+) -> Tensor:
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if activation == "relu" and residual is not None:
+        return add_relu_forward(y, residual)
+    if residual is not None:
+        y += residual
+    return y.relu_() if activation == "relu" else y
+
+
+def conv_bn_act_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return bn_act_eval_forward(y, gamma, beta, mean, var, residual, eps, activation)

@@ -1,0 +1,244 @@
+"""Which backend serves a primitive: one ordered table, explicit requests, and the reasons for each refusal.
+
+A *backend* is a module of `fused_resnet.backends` that has some of the function names of
+`fused_resnet.backends.reference`, with the same signatures, plus
+
+    unavailable(device_type) -> None | reason      the whole backend: not built, no such device, ...
+    supports(primitive, *args) -> None | reason    this call: a dtype, a layout, a switch of torch, ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "library", "cpp")
+
+# op -> the primitives that make it up; a primitive's name starts with its op's.
+OPS: dict[str, tuple[str, ...]] = {
+    "add_relu": ("add_relu_forward", "add_relu_backward"),
+    "bn_act": ("bn_act_train_forward", "bn_act_eval_forward", "bn_act_backward"),
+    "conv_bias_act": ("conv_bias_act_forward",),
+    "conv_bn_act": ("conv_bn_act_forward",),
+}
+_OP_OF = {primitive: op for op, primitives in OPS.items() for primitive in primitives}
+
+# The automatic order: device type -> op -> backends. A fused backend stands before "reference" only where it was
+# measured to be faster on that kind of device (`fused-resnet bench`), or is the vendor library's own fused call.
+AUTOMATIC: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {
+        "add_relu": ("cpp", "reference"),
+        "bn_act": ("cpp", "reference"),
+        "conv_bias_act": ("library", "cpp", "reference"),
+        "conv_bn_act": ("library", "cpp", "reference"),
+    },
+    "cuda": {
+        "add_relu": ("reference",),
+        "bn_act": ("reference",),
+        "conv_bias_act": ("library", "reference"),
+        "conv_bn_act": ("library", "reference"),
+    },
+}
+_ELSEWHERE = ("reference",)
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for explicitly and cannot serve the call; the message says why."""
+
+
+class Choice(NamedTuple):
+    """The backend that serves a call, its function, and why each backend before it in the order does not.
+
+    `pack` is set where the backend wants BN folded into the weight, and packs such a weight for its convolution.
+    """
+
+    backend: str
+    function: Callable[..., Any]
+    pack: Callable[..., Tensor] | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+def _validated(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def _initial() -> str:
+    name = os.environ.get("FUSED_RESNET_BACKEND", "auto")
+    try:
+        return _validated(name)
+    except ValueError as error:  # importing never fails
+        warnings.warn(f"FUSED_RESNET_BACKEND ignored: {error}", stacklevel=2)
+        return "auto"
+
+
+_default = _initial()
+_scoped: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=None)
+_warned: set[str] = set()
+
+
+def requested() -> str:
+    """The backend asked for in this context: "auto" or a name. Fixed at trace time in a compiled graph."""
+    return _scoped.get() or _default
+
+
+def _onednn_enabled() -> bool:
+    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+
+
+for _function in (requested, _onednn_enabled):
+    # What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo.
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def set_backend(name: str) -> None:
+    """Ask for one backend everywhere: "auto" or one of `BACKENDS`. `use_backend` overrides it within its block."""
+    global _default
+    _default = _validated(name)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Ask for one backend within a `with` block: "auto" or one of `BACKENDS`.
+
+    The request holds for this thread or task only; a backward pass uses what its forward pass was asked for, wherever
+    it runs. Calls that the backend cannot serve raise `BackendUnavailableError`.
+    """
+    token = _scoped.set(_validated(name))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+def load(backend: str) -> ModuleType:
+    """The backend's module; importing it never fails, `unavailable` tells whether it can be used."""
+    return importlib.import_module(f"fused_resnet.backends.{backend}")
+
+
+_modules: dict[str, ModuleType] = {}
+
+
+def _module(backend: str) -> ModuleType:
+    module = _modules.get(backend)
+    if module is None:
+        module = _modules[backend] = load(backend)
+    return module
+
+
+def _refusal(backend: str, primitive: str, x: Tensor, args: tuple) -> tuple[Callable[..., Any] | None, str | None]:
+    """(function, None) where the backend serves the call, else (None, reason)."""
+    module = _module(backend)
+    reason = module.unavailable(x.device.type)
+    if reason is not None:
+        if backend not in _warned and requested() == "auto":
+            _warned.add(backend)
+            warnings.warn(
+                f"fused_resnet: the {backend!r} backend is not available ({reason}); falling back. "
+                "`fused-resnet info` shows what runs instead.",
+                stacklevel=5,
+            )
+        return None, reason
+    function = getattr(module, primitive, None)
+    if function is None:
+        return None, f"it does not implement {primitive}"
+    reason = module.supports(primitive, x, *args)
+    return (function, None) if reason is None else (None, reason)
+
+
+def choose(primitive: str, x: Tensor, *args: Any, backend: str | None = None) -> Choice:
+    """The backend that serves `primitive(x, *args)`.
+
+    Args:
+        primitive: a function name of `fused_resnet.backends.reference`.
+        x, args: the arguments of the call; `x` decides the device.
+        backend: "auto" or a name; None asks for what `use_backend` or `set_backend` said.
+
+    Raises:
+        BackendUnavailableError: one backend was asked for and cannot serve the call.
+    """
+    name = backend or requested()
+    if name != "auto":
+        function, reason = _refusal(name, primitive, x, args)
+        if function is None:
+            raise BackendUnavailableError(f"backend {name!r} cannot serve {primitive} on {x.device.type}: {reason}")
+        return Choice(name, function, getattr(_module(name), "pack", None))
+    skipped: list[tuple[str, str]] = []
+    for name in AUTOMATIC.get(x.device.type, {}).get(_OP_OF[primitive], _ELSEWHERE):
+        function, reason = _refusal(name, primitive, x, args)
+        if function is not None:
+            return Choice(name, function, getattr(_module(name), "pack", None), tuple(skipped))
+        skipped.append((name, str(reason)))
+    raise AssertionError(f"no backend serves {primitive}: {skipped}")  # "reference" refuses nothing
+
+
+def call(primitive: str, x: Tensor, *args: Any, backend: str | None = None) -> Any:
+    """Run `primitive(x, *args)` on the backend that `choose` names."""
+    return choose(primitive, x, *args, backend=backend).function(x, *args)
+
+
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether the convolutions on x's device and dtype are fastest on NHWC tensors (torch's channels_last)."""
+    if x.device.type == "cpu":
+        return _onednn_enabled()
+    if x.device.type == "cuda":
+        return x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
+    return False
+
+
+class Row(NamedTuple):
+    """One line of `backend_table`."""
+
+    op: str
+    device: str
+    backend: str
+    live: bool
+    note: str
+
+
+class BackendTable(list[Row]):
+    """The rows of `backend_table`; prints as a table."""
+
+    def __str__(self) -> str:
+        head = ("op", "device", "backend", "", "note")
+        cells = [head, *((r.op, r.device, r.backend, "live" if r.live else "-", r.note) for r in self)]
+        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
+            for row in cells
+        )
+
+
+def backend_table() -> BackendTable:
+    """Per op, device and backend: live (what the automatic choice takes there for fp32), or the reason why not."""
+    rows = BackendTable()
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        for op, primitives in OPS.items():
+            order = AUTOMATIC[device][op]
+            live = None
+            for name in [*order, *(b for b in BACKENDS if b not in order)]:
+                module = _module(name)
+                reason = module.unavailable(device)
+                has = [p for p in primitives if hasattr(module, p)]
+                if reason is None and not has:
+                    reason = "does not implement it"
+                if reason is None and hasattr(module, "switched_off"):
+                    reason = module.switched_off(device)
+                if reason is None and name in order and live is None:
+                    live = name
+                    rows.append(Row(op, device, name, True, getattr(module, "NOTES", {}).get(op, "")))
+                else:
+                    note = reason or ("on request" if name not in order else f"on request; {live} comes first")
+                    rows.append(Row(op, device, name, False, note))
+    return rows

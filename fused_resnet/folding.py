@@ -1,0 +1,101 @@
+"""The small per-channel algebra of batch normalisation: accumulation types, running statistics, folding into a conv."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that statistics and scales of a `dtype` tensor are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def update_running_stats(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | Tensor,
+    count: int,
+) -> None:
+    """running += momentum * (batch - running), in place; `var` is biased, the running variance unbiased.
+
+    `momentum` is a float or a 0-d tensor on the same device; nothing waits for the device.
+    """
+    for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)) if count > 1 else var)):
+        if running is not None:
+            weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+            running.lerp_(batch.to(running.dtype), weight)
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The (weight, bias) of the conv that equals conv followed by batch norm with given statistics.
+
+    w' = w * s and b' = beta + (b - mean) * s with s = gamma / sqrt(var + eps), computed in the accumulation type and
+    rounded once to `dtype` (default: the weight's).
+    """
+    dtype = dtype or weight.dtype
+    acc = accumulate_dtype(weight.dtype)
+    scale = torch.rsqrt(var.to(acc) + eps)
+    if gamma is not None:
+        scale = scale * gamma.to(acc)
+    shift = -mean.to(acc) if bias is None else bias.to(acc) - mean.to(acc)
+    shift = shift * scale if beta is None else torch.addcmul(beta.to(acc), shift, scale)
+    folded = weight.to(acc) * scale.view([-1] + [1] * (weight.dim() - 1))
+    return folded.to(dtype), shift.to(dtype)
+
+
+class FoldCache:
+    """One unit's folded and packed inference weights, valid while no tensor that they come from has changed.
+
+    Change is seen by storage address and version counter: every in-place write through torch counts, a write through
+    `.data` or a raw pointer does not (call `fused_resnet.refresh`). The cache is in no state dict, pickle or copy.
+    """
+
+    __slots__ = ("_entry",)
+
+    def __init__(self) -> None:
+        self._entry: tuple[Any, ...] | None = None
+
+    def clear(self) -> None:
+        self._entry = None
+
+    def get(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...]) -> Any:
+        """The value put for these tensors and this key, or None."""
+        entry = self._entry
+        if entry is None or entry[0] != key:
+            return None
+        for tensor, alias, version in zip(tensors, entry[1], entry[2], strict=True):
+            if tensor is None or alias is None:
+                if tensor is not alias:
+                    return None
+            elif tensor.data_ptr() != alias.data_ptr() or tensor._version != version or tensor.dtype != alias.dtype:
+                return None
+        return entry[3]
+
+    def put(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], value: Any) -> None:
+        """Keep `value`. Inference tensors carry no version counter, so nothing made of them is kept."""
+        if any(t is not None and t.is_inference() for t in tensors):
+            return
+        # The aliases keep each storage alive, so that its address cannot be given to another tensor meanwhile.
+        aliases = tuple(None if t is None else t.detach() for t in tensors)
+        versions = tuple(0 if t is None else t._version for t in tensors)
+        self._entry = (key, aliases, versions, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldCache:
+        return FoldCache()
+
+    def __reduce__(self) -> tuple[type[FoldCache], tuple[()]]:
+        return FoldCache, ()

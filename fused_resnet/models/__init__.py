@@ -1,0 +1,1 @@
+"""Architectures: which block is connected to which. Nothing here knows about kernels."""

@@ -1,0 +1,221 @@
+"""ResNet, ResNeXt and Wide ResNet for images: He et al. 2015, Xie et al. 2016, Zagoruyko & Komodakis 2016.
+
+Constructors, defaults, attribute names, initialisation order and state-dict keys match torchvision.models.resnet
+(BSD-3-Clause), so that the two exchange state dicts and, from one seed, start from the same parameters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from fused_resnet import dispatch
+from fused_resnet.models.weights import load_weights
+from fused_resnet.modules import BasicBlock, Bottleneck, FusedModule, Units
+
+
+class ResNet(FusedModule):
+    """A residual network: a 7x7/2 stem, a max pool, four stages of blocks, global average pooling, a classifier.
+
+    Args:
+        block: BasicBlock or Bottleneck (or a class of the same signature).
+        layers: the number of blocks in each of the four stages.
+        num_classes: outputs of the classifier.
+        zero_init_residual: start the last BN of each block at gamma 0, so that each block starts as its shortcut.
+        groups, width_per_group: of the 3x3 convs in bottlenecks (ResNeXt, Wide ResNet).
+        replace_stride_with_dilation: for stages 2 to 4, whether a dilation takes the stride's place.
+        norm_layer: called with a number of channels; anything but nn.BatchNorm2d runs unfused.
+        in_channels: channels of the input images.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        dilate = tuple(replace_stride_with_dilation or (False, False, False))
+        if len(dilate) != 3:
+            raise ValueError(f"replace_stride_with_dilation must be None or three bools, got {dilate}")
+        if len(layers) != 4:
+            raise ValueError(f"layers must be four numbers of blocks, got {layers!r}")
+        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self.inplanes = 64
+        self.dilation = 1
+        self.groups = groups
+        self.base_width = width_per_group
+        self.conv1 = nn.Conv2d(in_channels, self.inplanes, 7, 2, 3, bias=False)
+        self.bn1 = self._norm_layer(self.inplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = self._make_layer(block, 64, layers[0])
+        self.layer2 = self._make_layer(block, 128, layers[1], 2, dilate[0])
+        self.layer3 = self._make_layer(block, 256, layers[2], 2, dilate[1])
+        self.layer4 = self._make_layer(block, 512, layers[3], 2, dilate[2])
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self._initialise(zero_init_residual)
+
+    def _make_layer(
+        self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        first_dilation = self.dilation
+        if dilate:
+            self.dilation *= stride
+            stride = 1
+        width = planes * block.expansion
+        downsample = None
+        if stride != 1 or self.inplanes != width:
+            downsample = nn.Sequential(nn.Conv2d(self.inplanes, width, 1, stride, bias=False), self._norm_layer(width))
+        stage: list[nn.Module] = []
+        for index in range(blocks):
+            stage.append(
+                block(
+                    self.inplanes,
+                    planes,
+                    stride if index == 0 else 1,
+                    downsample if index == 0 else None,
+                    self.groups,
+                    self.base_width,
+                    first_dilation if index == 0 else self.dilation,
+                    self._norm_layer,
+                )
+            )
+            self.inplanes = width
+        return nn.Sequential(*stage)
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        """He et al. 2015, "Delving Deep into Rectifiers", fan out; BN starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        if zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, (BasicBlock, Bottleneck)):
+                    last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                    if isinstance(last.weight, Tensor):
+                        nn.init.zeros_(last.weight)
+
+    def units(self) -> Units:
+        return {"conv1": (self.conv1, self.bn1, self.relu)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, in_channels, H, W), NCHW or channels_last, to logits (N, num_classes)."""
+        return self._forward_impl(x)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        if self._fused and not isinstance(x, Proxy) and x.dim() == 4 and dispatch.prefers_channels_last(x):
+            x = x.contiguous(memory_format=torch.channels_last)  # once, here: every block keeps the layout
+        x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
+        x = self.maxpool(x)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def _build(
+    name: str, block: type[BasicBlock | Bottleneck], layers: Sequence[int], weights: Any, progress: bool, kwargs: dict
+) -> ResNet:
+    if "pretrained" in kwargs or isinstance(weights, bool):
+        warnings.warn(
+            f"fused_resnet.{name}: `pretrained` is deprecated, use weights='IMAGENET1K_V1' or weights=None",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        pretrained = kwargs.pop("pretrained", weights)
+        weights = "IMAGENET1K_V1" if pretrained else None
+    if weights is None:
+        return ResNet(block, layers, **kwargs)
+    return load_weights(name, lambda: ResNet(block, layers, **kwargs), weights, progress)
+
+
+_DOC = """{title}
+
+    Args:
+        weights: None, a torchvision weights name ("IMAGENET1K_V2", "DEFAULT") or enum member, the path or URL of a
+            state dict, or a state dict. Files are read with weights_only=True.
+        progress: show a progress bar while downloading.
+        kwargs: as `ResNet`: num_classes, in_channels, zero_init_residual, groups, width_per_group,
+            replace_stride_with_dilation, norm_layer.
+
+    Raises:
+        ValueError: the weights do not fit the model; the message names both sides.
+    """
+
+
+def _document(title: str) -> Callable[[Callable[..., ResNet]], Callable[..., ResNet]]:
+    def decorate(function: Callable[..., ResNet]) -> Callable[..., ResNet]:
+        function.__doc__ = _DOC.format(title=title)
+        return function
+
+    return decorate
+
+
+@_document("ResNet-18: 11.7 M parameters, 1.8 GFLOPs (multiply-adds) at 224x224.")
+def resnet18(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    return _build("resnet18", BasicBlock, (2, 2, 2, 2), weights, progress, kwargs)
+
+
+@_document("ResNet-34: 21.8 M parameters, 3.7 GFLOPs (multiply-adds) at 224x224.")
+def resnet34(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    return _build("resnet34", BasicBlock, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+@_document("ResNet-50: 25.6 M parameters, 4.1 GFLOPs (multiply-adds) at 224x224.")
+def resnet50(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    return _build("resnet50", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+@_document("ResNet-101: 44.5 M parameters, 7.8 GFLOPs (multiply-adds) at 224x224.")
+def resnet101(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    return _build("resnet101", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+
+
+@_document("ResNet-152: 60.2 M parameters, 11.5 GFLOPs (multiply-adds) at 224x224.")
+def resnet152(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    return _build("resnet152", Bottleneck, (3, 8, 36, 3), weights, progress, kwargs)
+
+
+@_document("ResNeXt-50 32x4d: 25.0 M parameters, 4.2 GFLOPs (multiply-adds) at 224x224.")
+def resnext50_32x4d(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    kwargs = {"groups": 32, "width_per_group": 4} | kwargs
+    return _build("resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+@_document("ResNeXt-101 32x8d: 88.8 M parameters, 16.4 GFLOPs (multiply-adds) at 224x224.")
+def resnext101_32x8d(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    kwargs = {"groups": 32, "width_per_group": 8} | kwargs
+    return _build("resnext101_32x8d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+
+
+@_document("ResNeXt-101 64x4d: 83.5 M parameters, 15.5 GFLOPs (multiply-adds) at 224x224.")
+def resnext101_64x4d(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    kwargs = {"groups": 64, "width_per_group": 4} | kwargs
+    return _build("resnext101_64x4d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+
+
+@_document("Wide ResNet-50-2: 68.9 M parameters, 11.4 GFLOPs (multiply-adds) at 224x224.")
+def wide_resnet50_2(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    kwargs = {"width_per_group": 128} | kwargs
+    return _build("wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+@_document("Wide ResNet-101-2: 126.9 M parameters, 22.8 GFLOPs (multiply-adds) at 224x224.")
+def wide_resnet101_2(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    kwargs = {"width_per_group": 128} | kwargs
+    return _build("wide_resnet101_2", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)

@@ -1,0 +1,369 @@
+"""Drop-in modules. Parameters and buffers live in ordinary nn.Conv2d and nn.BatchNorm2d children."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.fx import Proxy, Tracer
+from torch.nn.modules.module import _has_any_global_hook
+
+from fused_resnet import dispatch, ops
+from fused_resnet.folding import FoldCache, fold
+from fused_resnet.ops.checks import autocast_dtype, check_activation, is_channels_last, is_traced, needs_grad
+from fused_resnet.ops.conv_bias_act import conv_layout, conv_output_shape
+
+Units = dict[str, tuple[nn.Module, nn.Module, nn.Module | None]]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def unfused_reason(conv: nn.Module | None, bn: nn.Module | None, act: nn.Module | None) -> str | None:
+    """Why a conv, BN, activation unit must run unfused: None where nothing that fusion bypasses would be missed."""
+    if _has_any_global_hook():
+        return "a global module hook is set"
+    for child, expected in ((conv, nn.Conv2d), (bn, nn.BatchNorm2d), (act, nn.ReLU)):
+        if child is None:
+            continue
+        if type(child) is not expected:  # a subclass, a parametrized or a wrapped module may compute something else
+            return f"{type(child).__name__} is not {expected.__name__}"
+        state = child.__dict__
+        for hooks in _HOOKS:
+            if state[hooks]:
+                return f"a hook is set on its {expected.__name__}"
+        if "forward" in state:
+            return f"forward is replaced on its {expected.__name__}"
+    if conv is not None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+        return f"padding is {conv.padding!r} with mode {conv.padding_mode!r}"
+    return None
+
+
+def _batch_momentum(bn: nn.BatchNorm2d) -> float | Tensor:
+    """Count the batch as nn.BatchNorm2d does; the weight of its statistics, on the device where it is an average."""
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            return bn.num_batches_tracked.float().reciprocal()
+    return 0.0 if bn.momentum is None else bn.momentum
+
+
+def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics as nn.BatchNorm2d hands them on: not where it trains without tracking."""
+    return (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
+
+
+class FusedModule(nn.Module):
+    """Base of the modules that run conv, BN, residual and activation fused.
+
+    A unit is fused only while each child it bypasses is exactly the torch module of its kind, without hooks; checked
+    at every call. `fused_resnet.restore` switches fusion off.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fused = True
+        self._folded: dict[str, FoldCache] = {}
+
+    def units(self) -> Units:
+        """name -> (conv, bn, activation) of what this module itself runs as one op."""
+        return {}
+
+    def refresh(self) -> None:
+        """Drop the folded weights, after a write that torch cannot see (through `.data` or a raw pointer)."""
+        for cache in self._folded.values():
+            cache.clear()
+
+    def train(self, mode: bool = True) -> Any:
+        self.refresh()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.refresh()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.refresh()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _conv_bn_act(
+        self,
+        name: str,
+        x: Tensor,
+        conv: nn.Module,
+        bn: nn.Module,
+        act: nn.Module | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """act(bn(conv(x)) + residual), fused where it may be. `name` is the unit's key in the cache."""
+        if not self._fused or isinstance(x, Proxy) or unfused_reason(conv, bn, act) is not None:
+            y = bn(conv(x))
+            if residual is not None:
+                y = y + residual
+            return y if act is None else act(y)
+        conv, bn = cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)
+        activation = None if act is None else "relu"
+        training = _uses_batch_statistics(bn)
+        if (
+            not training
+            and not is_traced(x)
+            and not needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias, residual)
+        ):
+            y = self._infer(name, x, conv, bn, activation, residual)
+            if y is not None:
+                return y
+        return ops.conv_bn_act(
+            x,
+            conv.weight,
+            bn.weight,
+            bn.bias,
+            *_running(bn),
+            residual,
+            bias=conv.bias,
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            groups=conv.groups,
+            training=training,
+            momentum=_batch_momentum(bn),
+            eps=bn.eps,
+            activation=activation,
+        )
+
+    def _infer(
+        self,
+        name: str,
+        x: Tensor,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d,
+        activation: str | None,
+        residual: Tensor | None,
+    ) -> Tensor | None:
+        """The unit with kept folded weights; None where the backend does not fold, or for the op to refuse."""
+        weight = conv.weight
+        if x.dim() != 4 or x.shape[1] != conv.in_channels or x.device != weight.device:
+            return None
+        dtype = autocast_dtype(x)
+        if dtype is not None:
+            x = x.to(dtype)
+        elif x.dtype != weight.dtype:
+            return None
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        out_shape = conv_output_shape(x, weight, conv.stride, cast("tuple[int, ...]", conv.padding), conv.dilation)
+        if min(out_shape[2:]) < 1:
+            return None
+        if residual is not None and (residual.shape, residual.dtype, residual.device) != (out_shape, x.dtype, x.device):
+            return None
+        choice = dispatch.choose("conv_bias_act_forward", x, weight, activation)
+        if choice.pack is None:
+            return None
+        x, residual = conv_layout(x, weight, residual)
+        channels_last = is_channels_last(x)
+        cache = self._folded.get(name)
+        if cache is None:
+            cache = self._folded[name] = FoldCache()
+        tensors = (weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        key = (x.dtype, channels_last, bn.eps, geometry)
+        folded = cache.get(tensors, key)
+        if folded is None:
+            w, b = fold(*tensors, bn.eps, x.dtype)  # type: ignore[arg-type]
+            folded = (choice.pack(w, tuple(x.shape), *geometry) if channels_last else w, b)
+            cache.put(tensors, key, folded)
+        return choice.function(x, *folded, residual, *geometry, activation)
+
+
+def _as_leaf(module: nn.Module, x: Proxy, *args: Any) -> Proxy:
+    """Under torch.fx our modules are leaves, as torch.nn's are."""
+    return x.tracer.create_proxy("call_module", cast(Tracer, x.tracer).path_of_module(module), (x, *args), {})
+
+
+class ConvBNAct(FusedModule):
+    """activation(bn(conv(x)) + residual): an nn.Conv2d without bias and an nn.BatchNorm2d, `conv` and `bn`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as torch.nn.Conv2d; padding None
+            keeps the spatial size at stride 1 (odd kernels).
+        activation: "relu" or None.
+        bias: whether the conv has a bias.
+        eps, momentum: as torch.nn.BatchNorm2d.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        *,
+        activation: str | None = "relu",
+        bias: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
+        super().__init__()
+        check_activation("ConvBNAct", activation)
+        if padding is None:
+            padding = dilation * (kernel_size - 1) // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias)
+        self.bn = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum)
+        self.act = nn.ReLU(inplace=True) if activation == "relu" else None
+
+    def units(self) -> Units:
+        return {"conv": (self.conv, self.bn, self.act)}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, H, W), and a residual of the output's shape, to (N, K, H', W')."""
+        if isinstance(x, Proxy):
+            return _as_leaf(self, x, residual)
+        return self._conv_bn_act("conv", x, self.conv, self.bn, self.act, residual)
+
+
+class BNAct(nn.BatchNorm2d):
+    """activation(batch_norm(x) + residual) for (N, C, ...) inputs of 2 to 5 dimensions.
+
+    It is an nn.BatchNorm2d (same arguments, parameters, buffers and state dict) with an `activation`.
+    """
+
+    def __init__(self, num_features: int, *args: Any, activation: str | None = "relu", **kwargs: Any) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        check_activation("BNAct", activation)
+        self.activation = activation
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, ...), and a residual of the same shape, to the same shape."""
+        if isinstance(x, Proxy):
+            return _as_leaf(self, x, residual)
+        return ops.bn_act(
+            x,
+            self.weight,
+            self.bias,
+            *_running(self),
+            residual,
+            training=_uses_batch_statistics(self),
+            momentum=_batch_momentum(self),
+            eps=self.eps,
+            activation=self.activation,
+        )
+
+
+class AddReLU(nn.Module):
+    """relu(x + residual) for tensors of one shape and dtype."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return _as_leaf(self, x, residual)
+        return ops.add_relu(x, residual)
+
+
+class _Block(FusedModule):
+    """A residual block: units in a row, the last one adding the shortcut. Subclasses name them in `_UNITS`."""
+
+    expansion = 1
+    _UNITS: tuple[tuple[str, str], ...]
+    downsample: nn.Module | None
+    relu: nn.Module
+
+    def units(self) -> Units:
+        found: Units = {conv: (getattr(self, conv), getattr(self, bn), self.relu) for conv, bn in self._UNITS}
+        if self._projection():
+            found["downsample"] = (self.downsample[0], self.downsample[1], None)  # type: ignore[index]
+        return found
+
+    def _projection(self) -> bool:
+        """Whether the shortcut is a plain nn.Sequential(conv, bn) that nobody watches."""
+        path = self.downsample
+        if type(path) is not nn.Sequential or len(path) != 2 or "forward" in path.__dict__:
+            return False
+        return not any(path.__dict__[hooks] for hooks in _HOOKS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, planes * expansion, H', W'), channels_last where x is."""
+        if isinstance(x, Proxy):
+            return _as_leaf(self, x)
+        if self.downsample is None:
+            shortcut = x
+        elif self._projection():
+            shortcut = self._conv_bn_act("downsample", x, self.downsample[0], self.downsample[1])  # type: ignore[index]
+        else:
+            shortcut = self.downsample(x)
+        *first, (last_conv, last_bn) = self._UNITS
+        for conv, bn in first:
+            x = self._conv_bn_act(conv, x, getattr(self, conv), getattr(self, bn), self.relu)
+        return self._conv_bn_act(last_conv, x, getattr(self, last_conv), getattr(self, last_bn), self.relu, shortcut)
+
+
+class BasicBlock(_Block):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut): two 3x3 convs, He et al. 2015, fig. 5 left.
+
+    Signature, attribute names and state dict as torchvision's BasicBlock.
+    """
+
+    _UNITS = (("conv1", "bn1"), ("conv2", "bn2"))
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64:
+            raise ValueError(f"BasicBlock: expected groups=1 and base_width=64, got {groups} and {base_width}")
+        if dilation > 1:
+            raise NotImplementedError(f"BasicBlock: expected dilation 1, got {dilation}")
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+
+class Bottleneck(_Block):
+    """1x1, 3x3, 1x1 convs around a narrow middle, He et al. 2015, fig. 5 right, with the stride on the 3x3 ("v1.5").
+
+    Signature, attribute names and state dict as torchvision's Bottleneck.
+    """
+
+    expansion = 4
+    _UNITS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = nn.Conv2d(inplanes, width, 1, bias=False)
+        self.bn1 = norm_layer(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, groups, bias=False)
+        self.bn2 = norm_layer(width)
+        self.conv3 = nn.Conv2d(width, planes * self.expansion, 1, bias=False)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride

@@ -1,0 +1,103 @@
+"""What the ops share: argument checks, one clear sentence each; memory layouts; autocast; the path of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("relu", None)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def check_activation(op: str, activation: Any) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be 'relu' or None, got {activation!r}")
+
+
+def check_input(op: str, name: str, x: Any, like: Tensor | None = None) -> None:
+    """x is a floating-point tensor; on the device and of the dtype of `like`, where that is given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if like is not None:
+        if x.device != like.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device} as the input")
+        if x.dtype != like.dtype:
+            raise TypeError(f"{op}: {name} is {x.dtype}, expected {like.dtype} as the input (no type promotion)")
+
+
+def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
+def check_channels(op: str, x: Tensor, channels: int, vectors: Iterable[tuple[str, Any]]) -> None:
+    """Per-channel vectors: shape (C,), x's device, and x's dtype or (for 16-bit x) float32."""
+    for name, vector in vectors:
+        if vector is None:
+            continue
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor or None, got {type(vector).__name__}")
+        check_shape(op, name, vector, (channels,))
+        if vector.device != x.device:
+            raise ValueError(f"{op}: {name} is on {vector.device}, expected {x.device} as the input")
+        if vector.dtype != x.dtype and not (vector.dtype == torch.float32 and x.dtype.itemsize == 2):
+            raise TypeError(f"{op}: {name} is {vector.dtype}, expected {x.dtype} (or float32 beside a 16-bit input)")
+
+
+def pair(op: str, name: str, value: Any, least: int) -> tuple[int, int]:
+    """An int or a pair of ints, each at least `least`, as a pair."""
+    two = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(two) != 2 or not all(isinstance(v, (int, torch.SymInt)) and v >= least for v in two):
+        raise ValueError(f"{op}: {name} must be an int >= {least} or a pair of them, got {value!r}")
+    return two
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """NHWC (NDHWC) in memory, and not at the same time NCHW-contiguous."""
+    if x.is_contiguous():
+        return False
+    return (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)) or (
+        x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+    )
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself where it is NCHW-contiguous or channels_last, else a copy in the layout its strides resemble."""
+    if x.is_contiguous() or is_channels_last(x):
+        return x
+    steps = [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
+    if x.dim() in (4, 5) and x.shape[1] > 1 and x.stride(1) == min(steps):
+        return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    return x.contiguous()
+
+
+def as_layout(t: Tensor, x: Tensor) -> Tensor:
+    """t in the memory layout of x, which has the same shape and is dense."""
+    if t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()):
+        return t
+    if is_channels_last(t) and is_channels_last(x):
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast would run a convolution of x in, or None."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether the call must go through registered ops: compiling, exporting, a tensor subclass (fake, functional)."""
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN

@@ -1,0 +1,173 @@
+"""Does fused equal unfused? Measured against float64, by an error budget instead of a tolerance picked by hand.
+
+A tensor passes where |ours - exact| <= 2 |torch - exact| + tiny: fused code may round differently from torch, but not
+worse. `exact` is the unfused computation in float64, `torch` the unfused one in the dtype at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fused_resnet.convert import restore, unfused_units
+
+FACTOR = 2.0
+
+
+class ParityError(AssertionError):
+    """Fused and unfused results differ by more than the error budget; `report` holds the comparison."""
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class Comparison(NamedTuple):
+    """One tensor: relative errors in the L2 norm against float64, the largest difference, and the verdict."""
+
+    name: str
+    ours: float
+    torch: float
+    budget: float
+    max_abs: float
+    ok: bool
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """|value - exact| / |exact| in the L2 norm over the finite entries; infinite where NaN or Inf do not match."""
+    value, exact = value.detach().double().reshape(-1), exact.detach().double().reshape(-1)
+    finite = torch.isfinite(exact)
+    if not bool(finite.all()):
+        special = ~finite
+        if not torch.equal(torch.nan_to_num(value[special]), torch.nan_to_num(exact[special])):
+            return math.inf
+        value, exact = value[finite], exact[finite]
+    error = torch.linalg.vector_norm(value - exact).item()
+    scale = torch.linalg.vector_norm(exact).item()
+    if not math.isfinite(error):
+        return math.inf
+    return error / scale if scale else error
+
+
+def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, *, floor: float = 0.0) -> Comparison:
+    """Hold `ours` against the budget that `plain`, torch's result in the same dtype, sets around `exact`.
+
+    `floor` is a relative error that torch is granted at the least (what its other tensors show, say). Shapes and
+    dtypes must agree; integers must be equal.
+    """
+    if ours.shape != plain.shape or ours.dtype != plain.dtype:
+        return Comparison(name, math.inf, 0.0, 0.0, math.inf, False)
+    if not ours.is_floating_point():
+        equal = torch.equal(ours, plain)
+        return Comparison(name, 0.0 if equal else math.inf, 0.0, 0.0, 0.0 if equal else math.inf, equal)
+    error, allowed = relative_error(ours, exact), relative_error(plain, exact)
+    budget = FACTOR * max(allowed, floor) + 4 * torch.finfo(ours.dtype).eps
+    difference = (ours.detach().double() - plain.detach().double()).abs()
+    max_abs = difference.max().item() if difference.numel() else 0.0
+    return Comparison(name, error, allowed, budget, max_abs, error <= budget)
+
+
+class Report:
+    """What `verify` found: a list of `Comparison` in `rows`; prints as a few lines, the worst first."""
+
+    def __init__(self, rows: list[Comparison], unfused: list[tuple[str, str]], train: bool) -> None:
+        self.rows = rows
+        self.unfused = unfused
+        self.train = train
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    @property
+    def worst(self) -> Comparison:
+        """The tensor that uses the largest part of its budget."""
+        return max(
+            self.rows, key=lambda row: math.inf if row.budget == 0 and not row.ok else row.ours / (row.budget or 1)
+        )
+
+    @property
+    def outputs(self) -> list[Comparison]:
+        return [row for row in self.rows if row.name.startswith("output")]
+
+    def __str__(self) -> str:
+        worst = self.worst
+        lines = [
+            f"parity {'ok' if self.ok else 'FAILED'} ({'training' if self.train else 'inference'}): "
+            f"{sum(row.ok for row in self.rows)} of {len(self.rows)} tensors within the error budget; worst "
+            f"{worst.name}: relative error {worst.ours:.2e}, torch's own {worst.torch:.2e}, allowed {worst.budget:.2e}"
+        ]
+        lines += [f"  {name} runs unfused: {reason}" for name, reason in self.unfused]
+        return "\n".join(lines)
+
+
+def verify(model: nn.Module, x: Tensor, *, train: bool = False, seed: int = 0) -> Report:
+    """Compare the fused model with itself unfused, on deep copies; the model is not touched.
+
+    In inference the outputs are compared; in training the outputs, every gradient and every buffer (running
+    statistics) after one step. Runs under the autocast mode that is active; the exact reference is float64.
+
+    Args:
+        model: any module built of `fused_resnet`'s blocks.
+        x: an input batch.
+        train: compare a training step instead of inference.
+        seed: of the random cotangent that stands for a loss, and of dropout and the like.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        ParityError: a tensor is outside its error budget; names the worst.
+    """
+    fused = copy.deepcopy(model)
+    plain = restore(copy.deepcopy(model))
+    exact = restore(copy.deepcopy(model)).double()
+    device = x.device.type
+    ours, theirs = (_run(net, x, train, seed) for net in (fused, plain))
+    with torch.autocast(device, enabled=False):
+        truth = _run(exact, x.double(), train, seed)
+    pairs = [(name, relative_error(theirs[name], truth[name])) for name in truth if theirs[name].is_floating_point()]
+    kinds = {name.split(" ")[0] for name in truth}
+    typical = {kind: _median(error for name, error in pairs if name.split(" ")[0] == kind) for kind in kinds}
+    # What torch's own rounding does to one tensor is a draw of chance: the median of its kind is granted to each.
+    rows = [
+        compare(name, ours[name], theirs[name], truth[name], floor=typical[name.split(" ")[0]] if train else 0.0)
+        for name in truth
+    ]
+    report = Report(rows, unfused_units(fused.train(train)), train)
+    if not report.ok:
+        raise ParityError(str(report), report)
+    return report
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else 0.0
+
+
+def _run(model: nn.Module, x: Tensor, train: bool, seed: int) -> dict[str, Tensor]:
+    """The named results of one pass: outputs, and in training gradients and buffers."""
+    model.train(train)
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.set_grad_enabled(train):
+        torch.manual_seed(seed)
+        if train and x.is_floating_point():
+            x = x.detach().requires_grad_()
+        outputs = [leaf for leaf in pytree.tree_leaves(model(x)) if isinstance(leaf, Tensor)]
+        named: dict[str, Tensor] = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+        if not train:
+            return named
+        torch.manual_seed(seed)
+        loss: Any = sum(
+            (out * torch.randn(out.shape, dtype=torch.float64).to(out)).sum() for out in outputs if out.requires_grad
+        )
+        loss.backward()
+    if x.grad is not None:
+        named["gradient input"] = x.grad
+    named |= {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return named | {f"buffer {name}": buffer.detach() for name, buffer in model.named_buffers()}
