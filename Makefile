@@ -1,0 +1,80 @@
+# `make bench` and `make test` need nothing by hand: each makes or reuses $(VENV). `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.make
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet
+TORCH := from importlib.metadata import version; torch = tuple(map(int, version("torch").split(".")[:2]))
+HAS_TORCH := $(TORCH); raise SystemExit(torch < (2, 11))
+# An environment over a Python that has its own torch keeps that torch and what goes with it; else everything is pinned.
+CONSTRAINTS = $(shell grep -qsi 'site-packages = true' $(VENV)/pyvenv.cfg || echo -c constraints.txt)
+CSRC := $(shell find csrc)
+
+# Where there is a compiler, a build without the extension is a failure.
+ifeq ($(FUSED_RESNET_NO_EXT),)
+export FUSED_RESNET_REQUIRE_EXT ?= $(if $(shell command -v c++),1,0)
+endif
+
+.PHONY: help bench test lint wheel test-install test-abi clean FORCE
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+bench: $(STAMPS)/bench $(STAMPS)/extension ## parity, then speed: make bench BENCH_ARGS="--model resnet50"
+	$(BIN)/fused-resnet bench $(BENCH_ARGS)
+
+test: lint $(STAMPS)/extension $(STAMPS)/torchvision ## lint, then the tests: make test PYTEST_ARGS="-k add_relu"
+	@test "$(FUSED_RESNET_REQUIRE_EXT)" != 1 || $(BIN)/python -c "import torch, fused_resnet._C"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMPS)/test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(STAMPS)/python ## one abi3 wheel in dist/
+	rm -rf dist
+	FUSED_RESNET_REQUIRE_EXT=1 $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*-cp310-abi3-*.whl
+
+test-install: $(STAMPS)/test ## installs in fresh environments, each another way
+	$(BIN)/python -m pytest --noconftest -o addopts= -s tests/install/test_install.py $(PYTEST_ARGS)
+
+test-abi: $(STAMPS)/test wheel ## the wheel under other versions of torch, no compiler at hand
+	$(BIN)/python -m pytest --noconftest -o addopts= -s tests/install/test_abi.py $(PYTEST_ARGS)
+
+clean: ## what was built and cached; not $(VENV)
+	rm -rf build dist *.egg-info fused_resnet/_C*.so fused_resnet/_build_info.json $(STAMPS)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(STAMPS)/torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv \
+	    $$($(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || $(INSTALL) -c constraints.txt torch
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/python: $(STAMPS)/torch
+	$(INSTALL) $(CONSTRAINTS) "setuptools>=77"
+	command -v $(BIN)/ninja ninja || $(INSTALL) $(CONSTRAINTS) ninja
+	@touch $@
+
+# Compiles what changed in csrc.
+$(STAMPS)/extension: setup.py $(CSRC) $(STAMPS)/python $(if $(wildcard fused_resnet/_C.abi3.so),,FORCE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# The package itself, editable, with one extra.
+$(STAMPS)/bench $(STAMPS)/test: $(STAMPS)/%: pyproject.toml setup.py constraints.txt $(STAMPS)/python | $(STAMPS)/extension
+	$(INSTALL) $(CONSTRAINTS) --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+# The release that goes with this torch: 0.28 with 2.13. Its own dependencies would bring another torch.
+$(STAMPS)/torchvision: $(STAMPS)/test
+	$(INSTALL) $(CONSTRAINTS) --no-deps "torchvision==$$($(BIN)/python -c '$(TORCH); print(f"0.{torch[1] + 15}.*")')"
+	@touch $@
