@@ -38,8 +38,9 @@ def is_set(name):
 
 def find_torch():
     """torch.utils.cpp_extension, or None and the reason. pip's build isolation hides the environment's own torch."""
-    base = [site.getusersitepackages()] if sys.base_prefix in site.PREFIXES else []  # no venv, or one that sees the base
-    for paths in ([], site.getsitepackages() + base):
+    sees_base = sys.base_prefix in site.PREFIXES  # not in a venv, or in one with system site packages
+    own = site.getsitepackages() + ([site.getusersitepackages()] if sees_base else [])
+    for paths in ([], own):
         sys.path += paths  # at the end: the isolated setuptools stays the one in use
         try:
             return importlib.import_module("torch.utils.cpp_extension"), None
@@ -96,15 +97,16 @@ class BuildExt(Base):
 
     def build_extensions(self):
         self.reason = "FUSED_RESNET_NO_EXT was set" if is_set("FUSED_RESNET_NO_EXT") else no_torch
-        if not self.reason:
-            try:
+        try:
+            if not self.reason:
                 with captured_output() as output:
-                    return super().build_extensions()
-            except Exception as error:  # no compiler, or a source that does not compile
-                errors = [line for line in output if re.search(r"\berror:|not found|No such file", line)]
-                self.reason = "\n".join(errors[:5] or [str(error)]).replace(f"{ROOT}/", "")[:1000]
-        print(f"fused_resnet: no extension: {self.reason}")
-        self.extensions = self.distribution.ext_modules = []
+                    super().build_extensions()
+        except Exception as error:  # no compiler, or a source that does not compile
+            errors = [line for line in output if re.search(r"\berror:|not found|No such file", line)]
+            self.reason = "\n".join(errors[:5] or [str(error)]).replace(f"{ROOT}/", "")[:1000]
+        if self.reason:
+            print(f"fused_resnet: no extension: {self.reason}")
+            self.extensions = self.distribution.ext_modules = []
 
     @staticmethod
     def environment():

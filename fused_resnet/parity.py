@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -55,11 +56,11 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return error / scale if scale else error
 
 
-def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, *, floor: float = 0.0) -> Comparison:
+def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, *, granted: float = 0.0) -> Comparison:
     """Hold `ours` against the budget that `plain`, torch's result in the same dtype, sets around `exact`.
 
-    `floor` is a relative error that torch is granted at the least (what its other tensors show, say). Shapes and
-    dtypes must agree; integers must be equal.
+    `granted` is a relative error that torch is known to make elsewhere, if larger than here. Shapes and dtypes must
+    agree; integers must be equal.
     """
     if ours.shape != plain.shape or ours.dtype != plain.dtype:
         return Comparison(name, math.inf, 0.0, 0.0, math.inf, False)
@@ -67,7 +68,7 @@ def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, *, floor: flo
         equal = torch.equal(ours, plain)
         return Comparison(name, 0.0 if equal else math.inf, 0.0, 0.0, 0.0 if equal else math.inf, equal)
     error, allowed = relative_error(ours, exact), relative_error(plain, exact)
-    budget = FACTOR * max(allowed, floor) + 4 * torch.finfo(ours.dtype).eps
+    budget = FACTOR * max(allowed, granted) + 4 * torch.finfo(ours.dtype).eps
     difference = (ours.detach().double() - plain.detach().double()).abs()
     max_abs = difference.max().item() if difference.numel() else 0.0
     return Comparison(name, error, allowed, budget, max_abs, error <= budget)
@@ -113,6 +114,10 @@ def verify(model: nn.Module, x: Tensor, *, train: bool = False, seed: int = 0) -
     In inference the outputs are compared; in training the outputs, every gradient and every buffer (running
     statistics) after one step. Runs under the autocast mode that is active; the exact reference is float64.
 
+    A ReLU whose input is near 0 may open in one computation and stay shut in the other, so gradients of deep networks
+    scatter far more than rounding alone. In training the budget is therefore set by the largest of torch's errors over
+    three equally good computations: as given, in channels_last, and with the input changed by one rounding error.
+
     Args:
         model: any module built of `fused_resnet`'s blocks.
         x: an input batch.
@@ -129,26 +134,32 @@ def verify(model: nn.Module, x: Tensor, *, train: bool = False, seed: int = 0) -
     plain = restore(copy.deepcopy(model))
     exact = restore(copy.deepcopy(model)).double()
     device = x.device.type
-    ours, theirs = (_run(net, x, train, seed) for net in (fused, plain))
+    ours, theirs = _run(fused, x, train, seed), _run(plain, x, train, seed)
     with torch.autocast(device, enabled=False):
         truth = _run(exact, x.double(), train, seed)
-    pairs = [(name, relative_error(theirs[name], truth[name])) for name in truth if theirs[name].is_floating_point()]
-    kinds = {name.split(" ")[0] for name in truth}
-    typical = {kind: _median(error for name, error in pairs if name.split(" ")[0] == kind) for kind in kinds}
-    # What torch's own rounding does to one tensor is a draw of chance: the median of its kind is granted to each.
-    rows = [
-        compare(name, ours[name], theirs[name], truth[name], floor=typical[name.split(" ")[0]] if train else 0.0)
-        for name in truth
-    ]
+    granted = dict.fromkeys(truth, 0.0)
+    if train:
+        for others in _equally_good(model, x, seed):
+            errors = {n: relative_error(others[n], truth[n]) for n in truth if truth[n].is_floating_point()}
+            for name, error in errors.items():
+                kind = name.split(" ")[0]
+                typical = statistics.median(e for n, e in errors.items() if n.split(" ")[0] == kind)
+                granted[name] = max(granted[name], error, typical)
+    rows = [compare(name, ours[name], theirs[name], truth[name], granted=granted[name]) for name in truth]
     report = Report(rows, unfused_units(fused.train(train)), train)
     if not report.ok:
         raise ParityError(str(report), report)
     return report
 
 
-def _median(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else 0.0
+def _equally_good(model: nn.Module, x: Tensor, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Unfused training steps that differ from the given one by the order of sums, or by one rounding of the input."""
+    plain = restore(copy.deepcopy(model))
+    if x.dim() == 4:
+        yield _run(plain, x.contiguous(memory_format=torch.channels_last), True, seed)
+    if x.is_floating_point():
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+        yield _run(restore(copy.deepcopy(model)), x + x * noise * torch.finfo(x.dtype).eps, True, seed)
 
 
 def _run(model: nn.Module, x: Tensor, train: bool, seed: int) -> dict[str, Tensor]:
