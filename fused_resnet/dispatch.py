@@ -29,6 +29,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "bn_act": ("bn_act_train_forward", "bn_act_eval_forward", "bn_act_backward"),
     "conv_bias_act": ("conv_bias_act_forward",),
     "conv_bn_act": ("conv_bn_act_forward",),
+    "residual_block": ("second_moments",),
 }
 _OP_OF = {primitive: op for op, primitives in OPS.items() for primitive in primitives}
 
@@ -40,12 +41,14 @@ AUTOMATIC: dict[str, dict[str, tuple[str, ...]]] = {
         "bn_act": ("cpp", "reference"),
         "conv_bias_act": ("library", "cpp", "reference"),
         "conv_bn_act": ("library", "cpp", "reference"),
+        "residual_block": ("reference",),
     },
     "cuda": {
         "add_relu": ("reference",),
         "bn_act": ("reference",),
         "conv_bias_act": ("library", "reference"),
         "conv_bn_act": ("library", "reference"),
+        "residual_block": ("reference",),
     },
 }
 _ELSEWHERE = ("reference",)
@@ -92,11 +95,33 @@ def requested() -> str:
     return _scoped.get() or _default
 
 
+def is_fused(op: str, device_type: str) -> bool:
+    """Whether a call of `op` would run something better than torch's own modules do: False where the automatic choice
+    is "reference", so that modules had better run unfused."""
+    if requested() != "auto":
+        return True
+    order = AUTOMATIC.get(device_type, {}).get(op, _ELSEWHERE)
+    return next(name for name in order if _available(name, device_type) is None) != "reference"
+
+
+def _available(backend: str, device_type: str) -> str | None:
+    """None, or why the backend cannot be used at all; the automatic choice warns of it once."""
+    reason = _module(backend).unavailable(device_type)
+    if reason is not None and backend not in _warned and requested() == "auto":
+        _warned.add(backend)
+        warnings.warn(
+            f"fused_resnet: the {backend!r} backend is not available ({reason}); falling back. "
+            "`fused-resnet info` shows what runs instead.",
+            stacklevel=6,
+        )
+    return reason
+
+
 def _onednn_enabled() -> bool:
     return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
 
 
-for _function in (requested, _onednn_enabled):
+for _function in (requested, is_fused, _onednn_enabled):
     # What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo.
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
@@ -138,17 +163,10 @@ def _module(backend: str) -> ModuleType:
 
 def _refusal(backend: str, primitive: str, x: Tensor, args: tuple) -> tuple[Callable[..., Any] | None, str | None]:
     """(function, None) where the backend serves the call, else (None, reason)."""
-    module = _module(backend)
-    reason = module.unavailable(x.device.type)
+    reason = _available(backend, x.device.type)
     if reason is not None:
-        if backend not in _warned and requested() == "auto":
-            _warned.add(backend)
-            warnings.warn(
-                f"fused_resnet: the {backend!r} backend is not available ({reason}); falling back. "
-                "`fused-resnet info` shows what runs instead.",
-                stacklevel=5,
-            )
         return None, reason
+    module = _module(backend)
     function = getattr(module, primitive, None)
     if function is None:
         return None, f"it does not implement {primitive}"

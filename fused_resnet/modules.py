@@ -100,21 +100,17 @@ class FusedModule(nn.Module):
     ) -> Tensor:
         """act(bn(conv(x)) + residual), fused where it may be. `name` is the unit's key in the cache."""
         if not self._fused or isinstance(x, Proxy) or unfused_reason(conv, bn, act) is not None:
-            y = bn(conv(x))
-            if residual is not None:
-                y = y + residual
-            return y if act is None else act(y)
+            return self._unfused(x, conv, bn, act, residual)
         conv, bn = cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)
         activation = None if act is None else "relu"
         training = _uses_batch_statistics(bn)
-        if (
-            not training
-            and not is_traced(x)
-            and not needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias, residual)
-        ):
+        inference = not training and not needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias, residual)
+        if inference and not is_traced(x):
             y = self._infer(name, x, conv, bn, activation, residual)
             if y is not None:
                 return y
+        if not dispatch.is_fused("conv_bn_act" if inference else "bn_act", x.device.type):
+            return self._unfused(x, conv, bn, act, residual)
         return ops.conv_bn_act(
             x,
             conv.weight,
@@ -132,6 +128,13 @@ class FusedModule(nn.Module):
             eps=bn.eps,
             activation=activation,
         )
+
+    @staticmethod
+    def _unfused(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module | None, residual: Tensor | None) -> Tensor:
+        y = bn(conv(x))
+        if residual is not None:
+            y += residual
+        return y if act is None else act(y)
 
     def _infer(
         self,

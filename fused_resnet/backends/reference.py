@@ -157,3 +157,11 @@ def conv_bn_act_forward(
     """act(bn(conv(x) + bias) + residual) with given statistics; inference only."""
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return bn_act_eval_forward(y, gamma, beta, mean, var, residual, eps, activation)
+
+
+def second_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, sum of (row - mean)(row - mean)^T) of (M, w) rows, in the accumulation type: (w,) and (w, w)."""
+    wide = rows.to(accumulate_dtype(rows.dtype))
+    mean = wide.mean(0)
+    centred = wide - mean
+    return mean, centred.t() @ centred
