@@ -1,0 +1,344 @@
+"""A whole residual block as one autograd Function: relu(f(x) + shortcut(x)), f a row of conv + BN (+ ReLU) units.
+
+Two forms of the conv whose output joins the shortcut (and of the projection, which is one more of its kind):
+
+- *stored output*: y = conv(a) is stored, its statistics are taken, and one fused pass makes relu(bn(y) + shortcut).
+- *Gram form* (1x1 convs that do not narrow): the batch statistics of y = W a follow, before the conv runs, from the
+  mean mu and the second moments K = sum (a - mu)(a - mu)^T of the narrow input: m = W mu, var = rowsum((W K) * W) / M.
+  So conv, BN, shortcut and ReLU are one convolution with folded weights, in training too, and y never exists.
+
+Between the units only raw conv outputs y_k are kept; each rectified a_k is formed again in the backward pass.
+
+Backward of the Gram form, with g = dL/dout * (out > 0), r = 1 / sqrt(var + eps), A = gamma r, rows of W the outputs:
+
+    Q = g^T a     S1 = sum(g) = dbeta     S2 = r (rowsum(Q * W) - m S1) = dgamma     B = -A r S2 / M
+    dW = A (Q - S1 mu^T) + B (W K)        H = W^T diag(B) W
+    da = g (diag(A) W) + (a - mu) H - (A S1 / M) W
+
+With given statistics (eval, frozen) B = 0 and the S1 terms of dW and da vanish.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_resnet import dispatch
+from fused_resnet.folding import accumulate_dtype, fold, update_running_stats
+from fused_resnet.ops.checks import as_layout, autocast_dtype
+
+MEMORY = ("balanced", "low", "fast")
+
+
+class Unit(NamedTuple):
+    """A bias-free conv and its BN. `training`: normalise with batch statistics, else with the running ones."""
+
+    weight: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    momentum: float | Tensor = 0.1
+    eps: float = 1e-5
+    training: bool = True
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
+    def gram_form(self) -> bool:
+        """Whether the conv's statistics follow from its input's: a 1x1 conv without groups that does not narrow."""
+        w = self.weight
+        return w.shape[2:] == (1, 1) and self.groups == 1 and self.padding == (0, 0) and w.shape[0] >= w.shape[1]
+
+
+class Plan(NamedTuple):
+    """How a block runs: Gram form (else stored output) for the last conv and for the projection, and what is kept."""
+
+    gram: bool
+    gram_projection: bool
+    memory: str = "balanced"
+
+
+def residual_block(x: Tensor, units: tuple[Unit, ...], projection: Unit | None, plan: Plan) -> Tensor:
+    """relu(f(x) + shortcut) with f = units in a row, ReLU between them; the shortcut is x, or the projection of x.
+
+    Args:
+        x: (N, C, H, W), channels_last; float16, bfloat16, float32 or float64, the dtype of all conv weights
+            (under autocast any: both are cast as eager torch does).
+        units: the convs and BNs of the block in order; a ReLU follows each, the last one after the addition.
+        projection: the 1x1 conv and BN of the shortcut, or None for the identity.
+        plan: how to run it.
+
+    Returns:
+        The block's output, channels_last. Differentiable once.
+    """
+    every = units if projection is None else (*units, projection)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, every = x.to(dtype), tuple(u._replace(weight=u.weight.to(dtype)) for u in every)
+    flat = [t for u in every for t in (u.weight, u.gamma, u.beta)]
+    spec = _Spec(every, projection is not None, plan, dispatch.requested())
+    return ResidualBlockFunction.apply(x, spec, *flat)
+
+
+class _Spec(NamedTuple):
+    units: tuple[Unit, ...]  # the projection last
+    projected: bool
+    plan: Plan
+    backend: str
+
+    def split(self, values: Any) -> tuple[Any, Any]:
+        """(the main path's, the projection's or None) of one value per unit."""
+        return (values[:-1], values[-1]) if self.projected else (values, None)
+
+
+class _State(NamedTuple):
+    """What backward knows of one unit: its raw output (None in Gram form) and the statistics it was normalised with;
+    in Gram form also the mean and the second moments of the unit's input."""
+
+    y: Any
+    mean: Tensor
+    var: Tensor
+    mu: Any = None
+    moments: Any = None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) channels_last as (N H W, C)."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _images(rows: Tensor, like: Tensor) -> Tensor:
+    n, _, h, w = like.shape
+    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _conv(x: Tensor, unit: Unit) -> Tensor:
+    return torch.conv2d(x, unit.weight, None, *unit.geometry)
+
+
+def _sampled(x: Tensor, unit: Unit) -> Tensor:
+    """The pixels of x that a 1x1 conv with a stride reads."""
+    if unit.stride == (1, 1):
+        return x
+    return x[:, :, :: unit.stride[0], :: unit.stride[1]].contiguous(memory_format=torch.channels_last)
+
+
+def _normalised(
+    y: Tensor, unit: Unit, residual: Tensor | None, activation: str | None, backend: str
+) -> tuple[Tensor, _State]:
+    """act(bn(y) + residual), the statistics taken from y or given."""
+    if unit.training:
+        running = (unit.running_mean, unit.running_var)
+        args = (unit.gamma, unit.beta, *running, residual, unit.momentum, unit.eps, activation)
+        out, mean, var = dispatch.call("bn_act_train_forward", y, *args, backend=backend)
+        return out, _State(y, mean, var)
+    state = _State(y, unit.running_mean, unit.running_var)  # type: ignore[arg-type]
+    return _again(state, unit, residual, activation, backend), state
+
+
+def _again(state: _State, unit: Unit, residual: Tensor | None, activation: str | None, backend: str) -> Tensor:
+    """act(bn(y) + residual) with the statistics that are known."""
+    args = (unit.gamma, unit.beta, state.mean, state.var, residual, unit.eps, activation)
+    return dispatch.call("bn_act_eval_forward", state.y, *args, backend=backend)
+
+
+def _gram_forward(
+    a: Tensor, unit: Unit, residual: Tensor | None, activation: str | None, backend: str
+) -> tuple[Tensor, _State]:
+    """act(bn(conv(a)) + residual) as one convolution; `a` is what the 1x1 conv reads (already sampled)."""
+    weight = unit.weight.flatten(1).to(accumulate_dtype(a.dtype))
+    mu = moments = None
+    if unit.training:
+        rows = _rows(a)
+        mu, moments = dispatch.call("second_moments", rows, backend=backend)
+        count = rows.shape[0]
+        mean, var = weight @ mu, ((weight @ moments) * weight).sum(1).div_(count).clamp_(min=0)
+        update_running_stats(unit.running_mean, unit.running_var, mean, var, unit.momentum, count)
+    else:
+        mean, var = unit.running_mean, unit.running_var
+    folded, shift = fold(unit.weight, None, unit.gamma, unit.beta, mean, var, unit.eps)
+    if a.device.type == "cpu" and not bool(torch.isfinite(shift).all()):
+        backend = "reference"  # oneDNN's ReLU would turn NaN into 0 and hide it
+    args = (folded, shift, residual, (1, 1), (0, 0), (1, 1), 1, activation)
+    out = dispatch.call("conv_bias_act_forward", a, *args, backend=backend)
+    return out, _State(None, mean, var, mu, moments)
+
+
+def _gram_backward(g: Tensor, a: Tensor, unit: Unit, state: _State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(da, dW, dgamma, dbeta) of bn(conv(a)) in Gram form; the formulas stand at the top."""
+    acc = accumulate_dtype(a.dtype)
+    weight = unit.weight.flatten(1).to(acc)
+    g_rows, a_rows = _rows(g), _rows(a)
+    q, s1 = _products(g_rows, a_rows, acc)
+    mean, rstd = state.mean.to(acc), torch.rsqrt(state.var.to(acc) + unit.eps)
+    s2 = rstd * ((q * weight).sum(1) - mean * s1)
+    scale = rstd if unit.gamma is None else unit.gamma.to(acc) * rstd
+    scaled = scale[:, None] * weight
+    if not unit.training:
+        da = g_rows @ scaled.to(g.dtype)
+        return _images(da, a), (scale[:, None] * q).view_as(unit.weight), s2, s1
+    count = g_rows.shape[0]
+    slope = -scale * rstd * s2 / count  # B
+    dweight = scale[:, None] * (q - s1[:, None] * state.mu) + slope[:, None] * (weight @ state.moments)
+    h = weight.t() @ (slope[:, None] * weight)
+    shift = (state.mu @ h + (scale * s1 / count) @ weight).neg_()
+    da = torch.addmm(shift.to(g.dtype), a_rows, h.to(g.dtype)).addmm_(g_rows, scaled.to(g.dtype))
+    return _images(da, a), dweight.view_as(unit.weight), s2, s1
+
+
+_CHUNK = 8192
+
+
+def _products(g: Tensor, a: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(g^T a, sum(g)) over the rows, in the accumulation type."""
+    if g.dtype == acc:
+        return g.t() @ a, g.sum(0)
+    q, s1 = g.new_zeros(g.shape[1], a.shape[1], dtype=acc), g.new_zeros(g.shape[1], dtype=acc)
+    for g_part, a_part in zip(g.split(_CHUNK), a.split(_CHUNK), strict=True):
+        wide = g_part.to(acc)
+        q.addmm_(wide.t(), a_part.to(acc))
+        s1 += wide.sum(0)
+    return q, s1
+
+
+class ResidualBlockFunction(torch.autograd.Function):
+    """Keeps x, the raw conv outputs, the block's output and small vectors and matrices ("balanced"); with "low" no
+    conv output (they are computed again), with "fast" the rectified ones as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: _Spec, *flat: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            out, states, rectified = _forward(x, spec)
+        if spec.plan.memory == "low":
+            states = [state._replace(y=None) for state in states]
+        kept = rectified if spec.plan.memory == "fast" else []
+        blank: Any = dict.fromkeys(("weight", "gamma", "beta", "running_mean", "running_var"))
+        ctx.spec = spec._replace(units=tuple(u._replace(**blank) for u in spec.units))
+        ctx.save_for_backward(x, out, *flat, *(t for state in states for t in state), *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, out, *saved = ctx.saved_tensors
+        count = len(ctx.spec.units)
+        units = tuple(
+            unit._replace(weight=saved[3 * i], gamma=saved[3 * i + 1], beta=saved[3 * i + 2])
+            for i, unit in enumerate(ctx.spec.units)
+        )
+        saved = saved[3 * count :]
+        size = len(_State._fields)
+        states = [_State(*saved[size * i : size * (i + 1)]) for i in range(count)]
+        with torch.autocast(x.device.type, enabled=False):
+            dx, grads = _backward(grad, x, out, ctx.spec._replace(units=units), states, saved[size * count :])
+        return dx, None, *grads
+
+
+def _forward(x: Tensor, spec: _Spec) -> tuple[Tensor, list[_State], list[Tensor]]:
+    """(out, one state per unit, the rectified tensors between the units)."""
+    (*first, last), projection = spec.split(spec.units)
+    states: list[_State] = []
+    rectified: list[Tensor] = []
+    a = x
+    for unit in first:
+        a, state = _normalised(_conv(a, unit), unit, None, "relu", spec.backend)
+        states.append(state)
+        rectified.append(a)
+    shortcut, projected = x, []
+    if projection is not None:
+        if spec.plan.gram_projection:
+            shortcut, state = _gram_forward(_sampled(x, projection), projection, None, None, spec.backend)
+        else:
+            shortcut, state = _normalised(_conv(x, projection), projection, None, None, spec.backend)
+        projected = [state]
+    if spec.plan.gram:
+        out, state = _gram_forward(_sampled(a, last), last, shortcut, "relu", spec.backend)
+    else:
+        out, state = _normalised(_conv(a, last), last, shortcut, "relu", spec.backend)
+    return out, [*states, state, *projected], rectified
+
+
+def _backward(
+    grad: Tensor, x: Tensor, out: Tensor, spec: _Spec, states: list[_State], rectified: list[Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(dx, [dW, dgamma, dbeta of each unit])."""
+    (*first, last), projection = spec.split(spec.units)
+    (*first_states, last_state), projected = spec.split(states)
+    inputs = [x]  # what each unit of the main path reads
+    for i, unit in enumerate(first):
+        state = first_states[i]
+        if state.y is None:
+            state = first_states[i] = state._replace(y=_conv(inputs[-1], unit))
+        a = rectified[i] if rectified else _again(state, unit, None, "relu", spec.backend)
+        inputs.append(a)
+
+    grad = as_layout(grad, out)
+    if spec.plan.gram:
+        g = dispatch.call("add_relu_backward", grad, out, backend=spec.backend)
+        da, *grads = _gram_backward(g, _sampled(inputs[-1], last), last, last_state)
+        da = _spread(da, inputs[-1], last)
+    else:
+        if last_state.y is None:
+            last_state = last_state._replace(y=_conv(inputs[-1], last))
+        dy, dgamma, dbeta, g = _bn_backward(grad, out, last, last_state, "relu", True, spec.backend)
+        da, dweight = _conv_backward(dy, inputs[-1], last)
+        grads = [dweight, dgamma, dbeta]
+    collected = [grads]
+    for unit, state, a in zip(reversed(first), reversed(first_states), reversed(inputs[:-1]), strict=True):
+        dy, dgamma, dbeta, _ = _bn_backward(as_layout(da, state.y), None, unit, state, "relu", False, spec.backend)
+        da, dweight = _conv_backward(dy, a, unit)
+        collected.insert(0, [dweight, dgamma, dbeta])
+
+    if projection is None:
+        da += g
+    elif spec.plan.gram_projection:
+        dx, *grads = _gram_backward(g, _sampled(x, projection), projection, projected)
+        da[:, :, :: projection.stride[0], :: projection.stride[1]] += dx
+        collected.append(grads)
+    else:
+        if projected.y is None:
+            projected = projected._replace(y=_conv(x, projection))
+        dy, dgamma, dbeta, _ = _bn_backward(g, None, projection, projected, None, False, spec.backend)
+        dx, dweight = _conv_backward(dy, x, projection)
+        da += dx
+        collected.append([dweight, dgamma, dbeta])
+
+    flat: list[Tensor | None] = []
+    for unit, values in zip(spec.units, collected, strict=True):
+        for parameter, value in zip((unit.weight, unit.gamma, unit.beta), values, strict=True):
+            flat.append(None if parameter is None else value.to(parameter.dtype))
+    return da, flat
+
+
+def _bn_backward(
+    grad: Tensor, out: Tensor | None, unit: Unit, state: _State, activation: str | None, residual: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    args = (state.y, out, unit.gamma, unit.beta, state.mean, state.var, unit.eps, activation, unit.training, residual)
+    return dispatch.call("bn_act_backward", grad, *args, backend=backend)
+
+
+def _conv_backward(dy: Tensor, a: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
+    stride, padding, dilation, groups = unit.geometry
+    da, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, a, unit.weight, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
+    )
+    return da, dweight
+
+
+def _spread(da: Tensor, a: Tensor, unit: Unit) -> Tensor:
+    """The gradient of all of `a` from that of the pixels that the unit read."""
+    if unit.stride == (1, 1):
+        return da
+    full = torch.zeros_like(a)
+    full[:, :, :: unit.stride[0], :: unit.stride[1]] = da
+    return full
