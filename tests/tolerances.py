@@ -1,0 +1,115 @@
+"""The error budget of the tests, and the exact formulas in float64 that it is measured from.
+
+A result passes where, in each channel, in the max-norm,
+
+    |ours - exact| <= 2 |torch - exact| + tiny
+
+`exact` is computed here in float64 from the very numbers that the op was given; `torch` is the unfused computation in
+the dtype at hand. A fused kernel may round in other places than torch, so it gets twice torch's error, but no
+hand-picked tolerance that a wrong kernel could hide in. `tiny` covers the channels where torch was lucky (few elements,
+all of which happened to round well) and float64, where `exact` itself carries an error of this size:
+
+    tiny = eps(dtype) |exact| + 8 eps(accumulation type) scale
+
+eps(dtype) |exact| is two roundings of the result to its storage type. `scale` is the size of what was added up on the
+way (several times |exact| where terms cancel): 8 units in its last place allow for the order of a sum, the roundings
+of mean, variance and rsqrt, and are 1e-6 of it in float32. Per channel, because channels differ in size by orders of
+magnitude, and a wrong small one must not hide behind a large one. The max-norm, because one wrong element is a bug.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+STORAGE_ULPS = 1.0
+ACCUMULATION_ULPS = 8.0
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_channel(t: Tensor) -> Tensor:
+    """max |t| over all dimensions but the channels': (C,); a vector is one value per channel already."""
+    t = t.detach().double().abs()
+    if t.dim() < 2:
+        return t
+    return t.transpose(0, 1).flatten(1).amax(1) if t.numel() else t.new_zeros(t.shape[1])
+
+
+def over_budget(ours: Tensor, plain: Tensor | None, exact: Tensor, scale: Tensor | float | None = None) -> Tensor:
+    """(C,) error / budget, above 1 where `ours` fails; NaN where it is not finite. See the module's docstring."""
+    exact = exact.detach().double()
+    magnitude = per_channel(exact)
+    if scale is None:
+        scale = magnitude
+    tiny = STORAGE_ULPS * torch.finfo(ours.dtype).eps * magnitude
+    tiny = tiny + ACCUMULATION_ULPS * torch.finfo(accumulation(ours.dtype)).eps * torch.as_tensor(scale).double()
+    allowed = 0.0 if plain is None else FACTOR * per_channel(plain.detach().double() - exact)
+    error = per_channel(ours.detach().double() - exact)
+    return torch.where(error == 0, 0.0, error / (allowed + tiny))
+
+
+def assert_in_budget(
+    name: str, ours: Tensor, plain: Tensor | None, exact: Tensor, scale: Tensor | float | None = None
+) -> None:
+    """Shape and dtype as torch's (`plain`, None where torch has no such computation), values in the budget."""
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    if plain is not None:
+        assert ours.dtype == plain.dtype, f"{name}: {ours.dtype}, torch gives {plain.dtype}"
+    used = over_budget(ours, plain, exact, scale)
+    bad = ~(used <= 1)  # a NaN is bad
+    if bad.any():
+        worst = int(torch.nan_to_num(used, nan=torch.inf).argmax())
+        error = per_channel(ours.detach().double() - exact.detach().double())[worst].item()
+        torchs = None if plain is None else per_channel(plain.double() - exact.double())[worst].item()
+        raise AssertionError(
+            f"{name}: {int(bad.sum())} of {bad.numel()} channels over the error budget; channel {worst}: error "
+            f"{error:.3e}, torch's own {torchs}, {used[worst].item():.2f} times the budget"
+        )
+
+
+def columns(vector: Tensor | None, x: Tensor) -> Tensor | None:
+    """A (C,) vector in the shape that broadcasts over (N, C, ...)."""
+    return None if vector is None else vector.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def exact_bn_act(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    *,
+    training: bool,
+    eps: float,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """act(bn(x) + residual), mean and biased variance, all in float64 and differentiable by autograd.
+
+    `mask` stands for the ReLU: the elements it lets pass (None: there is no activation). Given by the caller, because
+    an element within a rounding error of 0 is rightly on either side, and its gradient is all or nothing.
+    """
+    dims = [d for d in range(x.dim()) if d != 1]
+    if training:
+        mean = x.mean(dims)
+        var = (x - columns(mean, x)).square().mean(dims)
+    y = (x - columns(mean, x)) / (columns(var, x) + eps).sqrt()
+    if gamma is not None:
+        y = y * columns(gamma, x)
+    if beta is not None:
+        y = y + columns(beta, x)
+    if residual is not None:
+        y = y + residual
+    return (y if mask is None else torch.where(mask, y, 0.0)), mean, var
+
+
+def doubled(t: Tensor | None, *, leaf: bool = False) -> Tensor | None:
+    """The same numbers in float64, on request as a leaf that wants a gradient."""
+    if t is None:
+        return None
+    t = t.detach().double().clone()
+    return t.requires_grad_() if leaf else t
