@@ -1,0 +1,484 @@
+// out = act(bn(x) + residual): training and eval forward, backward.
+//
+// Both layouts come down to one kind of loop: over tiles of contiguous lanes with per-lane vectors (statistics, coefficients)
+// that stay in the L1 cache.
+//   rows (channels_last)   lane = channel (several rows side by side if C is small). Chunks of consecutive rows; two parallel
+//                          passes with a merge in between.
+//   planes (NCHW)          lane = position in a plane. A thread owns whole channels, so both passes over a channel that
+//                          fits in the L2 cache read memory once.
+// The chunks follow from the shape alone and partial results are merged in a fixed order: results do not depend on the
+// number of threads.
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+
+#include "../checks.h"
+#include "parallel.h"
+
+namespace fused_resnet {
+namespace {
+
+constexpr int64_t kLanes = 512;
+
+// ---- kernels: the loops that must vectorise ---------------------------------------------------------------------------
+
+struct Tile { int64_t rows, lanes, stride; };  // stride between rows, in elements
+
+template <typename T>
+FR_CLONES void sums(Tile t, const T* __restrict x, const acc_t<T>* __restrict pilot, acc_t<T>* __restrict sum,
+                    acc_t<T>* __restrict sum_sq) {
+  for (int64_t r = 0; r < t.rows; ++r, x += t.stride) {
+    for (int64_t l = 0; l < t.lanes; ++l) {
+      const acc_t<T> d = load(x[l]) - pilot[l];
+      sum[l] += d;
+      sum_sq[l] += d * d;
+    }
+  }
+}
+
+template <typename T, bool Relu, bool Residual>
+FR_CLONES void apply(Tile t, const T* __restrict x, const T* __restrict residual, T* __restrict out,
+                     const acc_t<T>* __restrict mean, const acc_t<T>* __restrict scale, const acc_t<T>* __restrict beta) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t i = r * t.stride;
+    for (int64_t l = 0; l < t.lanes; ++l) {
+      acc_t<T> y = bn(load(x[i + l]), mean[l], scale[l], beta[l]);
+      if constexpr (Residual) y += load(residual[i + l]);
+      if constexpr (Relu) y = relu(y);
+      out[i + l] = store<T>(y);
+    }
+  }
+}
+
+enum class Mask { none, out, recompute };  // where backward takes the sign of the ReLU's input from
+
+// g = masked grad; sum += g, sum_x += g*(x - mean). Stores g where the mask is that of `out`; without batch statistics
+// (Frozen) stores grad_x = scale*g at once.
+template <typename T, Mask M, bool Frozen>
+FR_CLONES void grad_sums(Tile t, const T* __restrict grad, const T* __restrict x, const T* __restrict out,
+                         T* __restrict grad_residual, T* __restrict grad_x, const acc_t<T>* __restrict mean,
+                         const acc_t<T>* __restrict scale, const acc_t<T>* __restrict beta, acc_t<T>* __restrict sum,
+                         acc_t<T>* __restrict sum_x) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t i = r * t.stride;
+    for (int64_t l = 0; l < t.lanes; ++l) {
+      acc_t<T> g = load(grad[i + l]);
+      const acc_t<T> v = load(x[i + l]);
+      if constexpr (M == Mask::recompute) g = relu_grad(g, bn(v, mean[l], scale[l], beta[l]));
+      if constexpr (M == Mask::out) {
+        g = relu_grad(g, load(out[i + l]));
+        grad_residual[i + l] = store<T>(g);
+      }
+      sum[l] += g;
+      sum_x[l] += g * (v - mean[l]);
+      if constexpr (Frozen) grad_x[i + l] = store<T>(scale[l] * g);
+    }
+  }
+}
+
+template <typename T, bool Recompute>
+FR_CLONES void grad_apply(Tile t, const T* __restrict grad, const T* __restrict x, T* __restrict grad_x,
+                          const acc_t<T>* __restrict mean, const acc_t<T>* __restrict scale,
+                          const acc_t<T>* __restrict beta, const acc_t<T>* __restrict k1, const acc_t<T>* __restrict k2) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t i = r * t.stride;
+    for (int64_t l = 0; l < t.lanes; ++l) {
+      acc_t<T> g = load(grad[i + l]);
+      const acc_t<T> v = load(x[i + l]);
+      if constexpr (Recompute) g = relu_grad(g, bn(v, mean[l], scale[l], beta[l]));
+      grad_x[i + l] = store<T>(bn_grad(g, v, mean[l], scale[l], k1[l], k2[l]));
+    }
+  }
+}
+
+// Sum of v[0..n), pairwise, in place.
+template <typename A>
+FR_CLONES A fold_sum(A* v, int64_t n) {
+  while (n > 1) {
+    const int64_t half = (n + 1) / 2;
+    for (int64_t i = 0; i < n - half; ++i) v[i] += v[half + i];
+    n = half;
+  }
+  return v[0];
+}
+
+// ---- how a tensor is cut ----------------------------------------------------------------------------------------------
+
+// Tiles that share their per-lane vectors: `repeats` blocks, each of `rows` full rows and, if tail > 0, a last shorter one.
+struct Region {
+  int64_t base, rows, lanes, stride, tail, repeats, step;
+
+  template <typename F>  // f(offset, tile)
+  void each(bool reverse, const F& f) const {
+    for (int64_t n = 0; n < repeats; ++n) {
+      const int64_t i = base + (reverse ? repeats - 1 - n : n) * step;
+      if (rows) f(i, Tile{rows, lanes, stride});
+      if (tail) f(i + rows * stride, Tile{1, tail, stride});
+    }
+  }
+};
+
+struct Rows {
+  int64_t c, m, fold, lanes, rows, chunks = 1;
+
+  explicit Rows(const Shape& s)
+      : c(s.c), m(s.count()), fold(std::max<int64_t>(1, kLanes / 2 / c)), lanes(fold * c), rows(m / fold) {
+    const int64_t most = std::min<int64_t>({rows / 32, s.numel() / kGrain, 128});
+    while (chunks * 2 <= most) chunks *= 2;
+  }
+
+  int64_t first(int64_t chunk) const { return rows * chunk / chunks; }
+  int64_t rest(int64_t chunk) const { return chunk == chunks - 1 ? m % fold : 0; }  // rows of c that fill no row of lanes
+  int64_t count(int64_t chunk) const { return (first(chunk + 1) - first(chunk)) * fold + rest(chunk); }
+  int64_t work() const { return m * c / chunks; }
+
+  template <typename F>  // f(region, first lane); with fold > 1 there is one region
+  void regions(int64_t chunk, const F& f) const {
+    for (int64_t l = 0; l < lanes; l += kLanes) {
+      f(Region{first(chunk) * lanes + l, first(chunk + 1) - first(chunk), std::min(kLanes, lanes - l), lanes,
+               rest(chunk) * c, 1, 0}, l);
+    }
+  }
+};
+
+struct Planes {
+  int64_t n, c, s, group, groups, width;  // channels per group; lanes per channel
+
+  explicit Planes(const Shape& shape)
+      : n(shape.n), c(shape.c), s(shape.s), group(std::min(c, std::max<int64_t>(1, kLanes / s))),
+        groups(ceil_div(c, group)), width(std::min(s, kLanes)) {}
+
+  int64_t work() const { return n * group * s; }
+  int64_t channels(int64_t g) const { return std::min(group, c - g * group); }
+
+  Region region(int64_t g) const {
+    const int64_t base = g * group * s;
+    if (s <= kLanes) return {base, n, channels(g) * s, c * s, 0, 1, 0};
+    return {base, s / kLanes, kLanes, kLanes, s % kLanes, n, c * s};
+  }
+};
+
+// ---- per-channel vectors and per-lane coefficients --------------------------------------------------------------------
+
+template <typename A>
+struct Vectors {
+  const A *gamma, *beta, *mean, *var;  // nullptr: 1, 0, 0, 1
+  double eps;
+
+  A rstd(int64_t c) const { return bn_rstd(var ? var[c] : A(1), eps); }
+};
+
+template <typename A>
+struct Lanes {
+  A *mean, *scale, *beta, *k1, *k2;
+
+  static constexpr int64_t kVectors = 5;
+  Lanes(A* memory, int64_t lanes)
+      : mean(memory), scale(mean + lanes), beta(scale + lanes), k1(beta + lanes), k2(k1 + lanes) {}
+
+  // Channel c at lanes begin, begin + step, ...
+  void set(const Vectors<A>& v, int64_t c, int64_t begin, int64_t end, int64_t step) const {
+    const A m = v.mean ? v.mean[c] : A(0), r = v.rstd(c), s = v.gamma ? v.gamma[c] * r : r, b = v.beta ? v.beta[c] : A(0);
+    for (int64_t l = begin; l < end; l += step) mean[l] = m, scale[l] = s, beta[l] = b;
+  }
+  void set_grad(A a, A b, int64_t begin, int64_t end, int64_t step) const {
+    for (int64_t l = begin; l < end; l += step) k1[l] = a, k2[l] = b;
+  }
+};
+
+template <typename A>
+std::unique_ptr<A[]> scratch(int64_t n) { return std::unique_ptr<A[]>(new A[n]); }
+
+// A pilot that is not finite would make every difference NaN.
+template <typename A> A finite_or_zero(A v) { return v - v == A(0) ? v : A(0); }
+
+// ---- forward ----------------------------------------------------------------------------------------------------------
+
+// Where the batch statistics go.
+template <typename A>
+struct Statistics {
+  A *mean, *var, *running_mean, *running_var;
+  double momentum, count;
+
+  void set(int64_t c, double batch_mean, double m2) const {
+    const double batch_var = m2 / count;
+    mean[c] = A(batch_mean);
+    var[c] = A(batch_var);
+    if (running_mean) running_mean[c] = update_running(running_mean[c], batch_mean, momentum);
+    if (running_var) running_var[c] = update_running(running_var[c], unbiased(batch_var, count), momentum);
+  }
+};
+
+template <typename T>
+void rows_statistics(const Rows& plan, const T* x, const Statistics<acc_t<T>>& stats) {
+  using A = acc_t<T>;
+  const int64_t c = plan.c;
+  auto parts = scratch<Moments>(plan.chunks * c);
+  parallel_items(plan.chunks, plan.work(), false, [&](int64_t chunk) {
+    const int64_t count = plan.count(chunk), pilots = std::min<int64_t>(4, count);
+    plan.regions(chunk, [&](const Region& region, int64_t lane) {
+      A pilot[kLanes], sum[kLanes] = {}, sum_sq[kLanes] = {};
+      const int64_t channels = std::min(region.lanes, c);
+      for (int64_t i = 0; i < channels; ++i) {
+        A p = 0;
+        for (int64_t r = 0; r < pilots; ++r) p += load(x[region.base + r * c + i]);
+        pilot[i] = finite_or_zero(p / A(pilots));
+      }
+      for (int64_t l = channels; l < region.lanes; ++l) pilot[l] = pilot[l - c];
+      region.each(false, [&](int64_t i, Tile t) { sums<T>(t, x + i, pilot, sum, sum_sq); });
+      for (int64_t l = c; l < region.lanes; ++l) sum[l % c] += sum[l], sum_sq[l % c] += sum_sq[l];
+      for (int64_t i = 0; i < channels; ++i) {
+        parts[chunk * c + lane + i] = moments(double(count), pilot[i], sum[i], sum_sq[i]);
+      }
+    });
+  });
+  parallel_items(c, plan.chunks, false, [&](int64_t i) {
+    double mean = 0, m2 = 0;
+    for (int64_t p = 0; p < plan.chunks; ++p) mean += plan.count(p) * parts[p * c + i].mean;
+    mean /= stats.count;
+    for (int64_t p = 0; p < plan.chunks; ++p) m2 += m2_about(plan.count(p), parts[p * c + i], mean);
+    stats.set(i, mean, m2);
+  });
+}
+
+template <typename T, typename Apply>
+void rows_apply(const Rows& plan, const Vectors<acc_t<T>>& vectors, const Apply& apply_tile) {
+  using A = acc_t<T>;
+  auto memory = scratch<A>(plan.lanes * Lanes<A>::kVectors);
+  const Lanes<A> k(memory.get(), plan.lanes);
+  for (int64_t c = 0; c < plan.c; ++c) k.set(vectors, c, c, plan.lanes, plan.c);
+  parallel_items(plan.chunks, plan.work(), true, [&](int64_t chunk) {
+    plan.regions(chunk, [&](const Region& region, int64_t lane) {
+      region.each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, lane); });
+    });
+  });
+}
+
+// The statistics of a group's channels; the group is then still in the cache.
+template <typename T>
+void planes_statistics(const Planes& plan, int64_t g, const T* x, const Statistics<acc_t<T>>& stats) {
+  using A = acc_t<T>;
+  const Region region = plan.region(g);
+  const int64_t w = plan.width, channels = plan.channels(g);
+  A pilot[kLanes], sum[kLanes], sum_sq[kLanes] = {};
+  for (int64_t l = 0; l < region.lanes; ++l) sum[l] = load(x[region.base + l]);
+  for (int64_t j = 0; j < channels; ++j) {
+    std::fill_n(pilot + j * w, w, finite_or_zero(fold_sum(sum + j * w, w) / A(w)));
+  }
+  std::fill_n(sum, region.lanes, A(0));
+  region.each(false, [&](int64_t i, Tile t) { sums<T>(t, x + i, pilot, sum, sum_sq); });
+  for (int64_t j = 0; j < channels; ++j) {
+    const Moments m = moments(stats.count, pilot[j * w], fold_sum(sum + j * w, w), fold_sum(sum_sq + j * w, w));
+    stats.set(g * plan.group + j, m.mean, m.m2);
+  }
+}
+
+// Training: x + x + out (+ residual), or x + out (+ residual) for planes whose channels fit in the L2 cache. Eval: the latter.
+template <typename T, bool Relu, bool Residual>
+void forward(const Shape& shape, const T* x, const T* residual, T* out, const Vectors<acc_t<T>>& vectors,
+             const Statistics<acc_t<T>>* stats) {
+  using A = acc_t<T>;
+  const auto apply_tile = [=](int64_t i, Tile t, const Lanes<A>& k, int64_t lane) {
+    apply<T, Relu, Residual>(t, x + i, Residual ? residual + i : nullptr, out + i, k.mean + lane, k.scale + lane,
+                             k.beta + lane);
+  };
+  if (shape.rows) {
+    const Rows plan(shape);
+    if (stats) rows_statistics<T>(plan, x, *stats);
+    return rows_apply<T>(plan, vectors, apply_tile);
+  }
+  const Planes plan(shape);
+  parallel_items(plan.groups, plan.work(), false, [&](int64_t g) {
+    if (stats) planes_statistics<T>(plan, g, x, *stats);
+    A memory[kLanes * Lanes<A>::kVectors];
+    const Lanes<A> k(memory, kLanes);
+    for (int64_t j = 0; j < plan.channels(g); ++j) {
+      k.set(vectors, g * plan.group + j, j * plan.width, (j + 1) * plan.width, 1);
+    }
+    plan.region(g).each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, 0); });
+  });
+}
+
+// ---- backward ---------------------------------------------------------------------------------------------------------
+
+struct GradSums { double g, gx; };  // sum(g), sum(g*(x - mean))
+
+// Where the parameters' gradients go; returns the coefficients of grad_x.
+template <typename A>
+struct ParameterGrads {
+  A *gamma, *beta;
+  double count;
+
+  std::pair<A, A> set(int64_t c, GradSums s, double rstd) const {
+    gamma[c] = A(s.gx * rstd);
+    beta[c] = A(s.g);
+    return {A(s.g / count), A(s.gx * rstd * rstd / count)};
+  }
+};
+
+// Pass 1 reads grad, x (and out, and writes grad_residual), pass 2 reads grad (or grad_residual), x and writes grad_x: 5 B, or
+// 7 B with a residual; 3 B and 5 B for planes whose channels fit in the L2 cache, and with frozen statistics, which need one pass.
+template <typename T, Mask M, bool Frozen>
+void backward(const Shape& shape, const T* grad, const T* x, const T* out, T* grad_residual, T* grad_x,
+              const Vectors<acc_t<T>>& vectors, const ParameterGrads<acc_t<T>>& grads) {
+  using A = acc_t<T>;
+  constexpr bool masked = M == Mask::out;
+  const T* g = masked ? grad_residual : grad;
+  const auto sum_tile = [=](int64_t i, Tile t, const Lanes<A>& k, int64_t lane, A* sum, A* sum_x) {
+    grad_sums<T, M, Frozen>(t, grad + i, x + i, masked ? out + i : nullptr, masked ? grad_residual + i : nullptr,
+                            grad_x + i, k.mean + lane, k.scale + lane, k.beta + lane, sum, sum_x);
+  };
+  const auto apply_tile = [=](int64_t i, Tile t, const Lanes<A>& k, int64_t lane) {
+    grad_apply<T, M == Mask::recompute>(t, g + i, x + i, grad_x + i, k.mean + lane, k.scale + lane, k.beta + lane,
+                                        k.k1 + lane, k.k2 + lane);
+  };
+
+  if (shape.rows) {
+    const Rows plan(shape);
+    const int64_t c = plan.c;
+    auto memory = scratch<A>(plan.lanes * Lanes<A>::kVectors);
+    auto parts = scratch<GradSums>(plan.chunks * c);
+    const Lanes<A> k(memory.get(), plan.lanes);
+    for (int64_t i = 0; i < c; ++i) k.set(vectors, i, i, plan.lanes, c);
+    parallel_items(plan.chunks, plan.work(), false, [&](int64_t chunk) {
+      plan.regions(chunk, [&](const Region& region, int64_t lane) {
+        A sum[kLanes] = {}, sum_x[kLanes] = {};
+        region.each(false, [&](int64_t i, Tile t) { sum_tile(i, t, k, lane, sum, sum_x); });
+        for (int64_t l = c; l < region.lanes; ++l) sum[l % c] += sum[l], sum_x[l % c] += sum_x[l];
+        for (int64_t i = 0; i < std::min(region.lanes, c); ++i) parts[chunk * c + lane + i] = {sum[i], sum_x[i]};
+      });
+    });
+    parallel_items(c, plan.chunks, false, [&](int64_t i) {
+      GradSums s{0, 0};
+      for (int64_t p = 0; p < plan.chunks; ++p) s.g += parts[p * c + i].g, s.gx += parts[p * c + i].gx;
+      const auto [k1, k2] = grads.set(i, s, vectors.rstd(i));
+      k.set_grad(k1, k2, i, plan.lanes, c);
+    });
+    if constexpr (!Frozen) {
+      parallel_items(plan.chunks, plan.work(), true, [&](int64_t chunk) {
+        plan.regions(chunk, [&](const Region& region, int64_t lane) {
+          region.each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, lane); });
+        });
+      });
+    }
+    return;
+  }
+
+  const Planes plan(shape);
+  parallel_items(plan.groups, plan.work(), false, [&](int64_t group) {
+    const Region region = plan.region(group);
+    const int64_t w = plan.width;
+    A memory[kLanes * Lanes<A>::kVectors], sum[kLanes] = {}, sum_x[kLanes] = {};
+    const Lanes<A> k(memory, kLanes);
+    for (int64_t j = 0; j < plan.channels(group); ++j) k.set(vectors, group * plan.group + j, j * w, (j + 1) * w, 1);
+    region.each(false, [&](int64_t i, Tile t) { sum_tile(i, t, k, 0, sum, sum_x); });
+    for (int64_t j = 0; j < plan.channels(group); ++j) {
+      const int64_t c = group * plan.group + j;
+      const GradSums s{fold_sum(sum + j * w, w), fold_sum(sum_x + j * w, w)};
+      const auto [k1, k2] = grads.set(c, s, vectors.rstd(c));
+      k.set_grad(k1, k2, j * w, (j + 1) * w, 1);
+    }
+    if constexpr (!Frozen) region.each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, 0); });
+  });
+}
+
+// ---- operators --------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void dispatch_forward(const Shape& shape, const Tensor& x, const OptionalTensor& residual, const Tensor& out,
+                      const Vectors<acc_t<T>>& vectors, const Statistics<acc_t<T>>* stats, bool relu) {
+  dispatch_bool(relu, [&](auto relu) {
+    dispatch_bool(residual.has_value(), [&](auto has_residual) {
+      forward<T, relu.value, has_residual.value>(shape, read<T>(x), residual ? read<T>(*residual) : nullptr, write<T>(out),
+                                                 vectors, stats);
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_train_forward(
+    const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& residual, double momentum, double eps, bool relu) {
+  const Shape shape = shape_of(x);
+  const int64_t c = shape.c;
+  const ScalarType acc = acc_dtype(x.scalar_type());
+  if (residual) check_like(*residual, x, "residual");
+  Tensor out = new_like(x);
+  if (shape.numel() == 0) return {out, new_zero_vector(x, c), new_zero_vector(x, c)};
+  Tensor mean = new_vector(x, c), var = new_vector(x, c);
+  dispatch_dtype(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    const Vectors<A> vectors{vector_data<A>(gamma, c, acc, "gamma"), vector_data<A>(beta, c, acc, "beta"), write<A>(mean),
+                             write<A>(var), eps};
+    const Statistics<A> stats{write<A>(mean), write<A>(var), vector_data<A>(running_mean, c, acc, "running_mean"),
+                              vector_data<A>(running_var, c, acc, "running_var"), momentum, double(shape.count())};
+    dispatch_forward<T>(shape, x, residual, out, vectors, &stats, relu);
+  });
+  return {out, mean, var};
+}
+
+Tensor bn_act_eval_forward(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta,
+                           const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& residual, double eps,
+                           bool relu) {
+  const Shape shape = shape_of(x);
+  const int64_t c = shape.c;
+  const ScalarType acc = acc_dtype(x.scalar_type());
+  if (residual) check_like(*residual, x, "residual");
+  Tensor out = new_like(x);
+  if (shape.numel() == 0) return out;
+  dispatch_dtype(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    const Vectors<A> vectors{vector_data<A>(gamma, c, acc, "gamma"), vector_data<A>(beta, c, acc, "beta"),
+                             vector_data<A>(mean, c, acc, "mean"), vector_data<A>(var, c, acc, "var"), eps};
+    dispatch_forward<T>(shape, x, residual, out, vectors, nullptr, relu);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& out, const OptionalTensor& gamma, const OptionalTensor& beta,
+    const Tensor& mean, const Tensor& var, double eps, bool relu, bool training, bool has_residual) {
+  const Shape shape = shape_of(x);
+  const int64_t c = shape.c;
+  const ScalarType acc = acc_dtype(x.scalar_type());
+  const Mask mask = !relu ? Mask::none : has_residual ? Mask::out : Mask::recompute;
+  check_like(grad, x, "grad");
+  if (mask == Mask::out) {
+    STD_TORCH_CHECK(out.has_value(), "out is needed for the gradient of a ReLU after a residual");
+    check_like(*out, x, "out");
+  }
+  check_vector(mean, c, acc, "mean");
+  check_vector(var, c, acc, "var");
+  Tensor grad_x = new_like(x), grad_residual = mask == Mask::out ? new_like(x) : no_tensor(x);
+  if (shape.numel() == 0) return {grad_x, new_zero_vector(x, c), new_zero_vector(x, c), grad_residual};
+  Tensor grad_gamma = new_vector(x, c), grad_beta = new_vector(x, c);
+  dispatch_dtype(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    const Vectors<A> vectors{vector_data<A>(gamma, c, acc, "gamma"), vector_data<A>(beta, c, acc, "beta"), read<A>(mean),
+                             read<A>(var), eps};
+    const ParameterGrads<A> grads{write<A>(grad_gamma), write<A>(grad_beta), double(shape.count())};
+    const auto run = [&](auto mask) {
+      dispatch_bool(!training, [&](auto frozen) {
+        backward<T, mask.value, frozen.value>(shape, read<T>(grad), read<T>(x), out ? read<T>(*out) : nullptr,
+                                              write<T>(grad_residual), write<T>(grad_x), vectors, grads);
+      });
+    };
+    switch (mask) {
+      case Mask::none: return run(std::integral_constant<Mask, Mask::none>{});
+      case Mask::out: return run(std::integral_constant<Mask, Mask::out>{});
+      case Mask::recompute: return run(std::integral_constant<Mask, Mask::recompute>{});
+    }
+  });
+  return {grad_x, grad_gamma, grad_beta, grad_residual};
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpp, CPU, m) {
+  m.impl("bn_act_train_forward", TORCH_BOX(&fused_resnet::bn_act_train_forward));
+  m.impl("bn_act_eval_forward", TORCH_BOX(&fused_resnet::bn_act_eval_forward));
+  m.impl("bn_act_backward", TORCH_BOX(&fused_resnet::bn_act_backward));
+}

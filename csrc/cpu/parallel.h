@@ -1,0 +1,31 @@
+// Threads and instruction sets for the CPU kernels.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+// Plain loops are compiled once per x86 level and chosen at load time. Everything they call must be FR_HD (always inlined).
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define FR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define FR_CLONES
+#endif
+
+namespace fused_resnet {
+
+constexpr int64_t kGrain = 32768;  // elements that are worth a thread (as in at::parallel_for's users)
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// f(i) for every i in [0, n), an item being about `work` elements. The same n and work give a thread the same items; with
+// reverse, it meets them in the opposite order, so that a second pass starts with what is still in its cache.
+template <typename F>
+void parallel_items(int64_t n, int64_t work, bool reverse, const F& f) {
+  torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(reverse ? begin + end - 1 - i : i);
+  });
+}
+
+}  // namespace fused_resnet
