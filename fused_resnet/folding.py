@@ -27,8 +27,11 @@ def update_running_stats(
     """
     for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)) if count > 1 else var)):
         if running is not None:
-            weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-            running.lerp_(batch.to(running.dtype), weight)
+            weight = momentum.to(batch.dtype) if isinstance(momentum, Tensor) else momentum
+            if running.dtype == batch.dtype:
+                running.lerp_(batch, weight)
+            else:  # 16-bit buffers: rounded once
+                running.copy_(running.to(batch.dtype).lerp_(batch, weight))
 
 
 def fold(
