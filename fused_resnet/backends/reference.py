@@ -66,10 +66,16 @@ def bn_act_train_forward(
 
     Returns (out, mean, var), var being the biased batch variance.
     """
-    out, mean, rstd = torch.native_batch_norm(x, _wide(gamma, x), _wide(beta, x), None, None, True, 0.0, eps)
-    var = (rstd.pow(-2) - eps).clamp_(min=0)
-    if x.numel():
-        update_running_stats(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1])
+    mean = x.new_zeros(x.shape[1], dtype=accumulate_dtype(x.dtype))
+    var = torch.zeros_like(mean)
+    if x.numel() == 0:
+        return x.clone(), mean, var
+    # With no gamma aten keeps statistics in x's dtype. Momentum 1 gives the batch's own mean and unbiased variance.
+    gamma = torch.ones_like(mean) if gamma is None else _wide(gamma, x)
+    out = torch.native_batch_norm(x, gamma, _wide(beta, x), mean, var, True, 1.0, eps)[0]
+    count = x.numel() // x.shape[1]
+    var *= (count - 1) / count
+    update_running_stats(running_mean, running_var, mean, var, momentum, count)
     return _finish_(out, residual, activation), mean, var
 
 
@@ -109,6 +115,9 @@ def bn_act_backward(
     residual the mask is recomputed from x.
     """
     gamma, beta, mean, var = _wide(gamma, x), _wide(beta, x), _wide(mean, x), _wide(var, x)
+    if x.numel() == 0:
+        vector = torch.zeros_like(mean)
+        return torch.empty_like(grad), vector, vector.clone(), torch.empty_like(grad) if has_residual else None
     g = grad
     if activation == "relu":
         if out is None:
