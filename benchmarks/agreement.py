@@ -1,0 +1,189 @@
+"""Do the fused nets agree with the plain one? Shown before any time, against float64 and by an error budget.
+
+A result passes where its error is at most twice what torch's own layers make in the same dtype
+(`fused_resnet.parity`); the plain net of `plain_resnet` is the reference, so nothing of ours is compared with itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_resnet.parity import FACTOR, Comparison, compare, relative_error
+
+from .rivals import Entry, Job, Rival, title
+
+CROPS, CLASSES = 64, 5  # over how many crops the classes are compared, and how many classes must occur there
+CHUNK = 16
+EXACT = 4  # crops that are also computed in float64
+Advance = Callable[[str], None]
+
+
+@dataclass
+class Agreement:
+    """What was compared for one of ours; `problems` is empty where all is well."""
+
+    name: str
+    mode: str
+    rows: list[Comparison] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def hold(self, rows: list[Comparison]) -> None:
+        self.rows += rows
+        bad = [row for row in rows if not row.ok]
+        if bad:
+            worst = max(bad, key=lambda row: row.ours / (row.budget or 1e-300))
+            self.problems.append(
+                f"{len(bad)} of {len(rows)} tensors outside the error budget, the worst {worst.name}: relative error "
+                f"{worst.ours:.1e}, allowed {worst.budget:.1e}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [row._asdict() for row in self.rows]
+        return {"mode": self.mode, "ok": self.ok, "problems": self.problems, **self.facts, "tensors": rows}
+
+
+@torch.no_grad()
+def _logits(job: Job, entry: Entry, crops: Tensor) -> Tensor:
+    with job.autocast():
+        parts = [entry.net(entry.images(chunk.to(job.x.device))).float() for chunk in crops.split(CHUNK)]
+    return torch.cat(parts).cpu()
+
+
+def _exact_net(job: Job) -> nn.Module:
+    return job.plain().double()
+
+
+def infer_agreement(job: Job, ours: list[Rival], crops: Tensor, advance: Advance) -> list[Agreement]:
+    """Logits against float64 on a few crops, and the top-1 class on all of them."""
+    job = job.with_mode("infer")
+    net = job.plain()
+    advance("torch's logits")
+    plain = _logits(job, Entry(net), crops)
+    advance("logits in float64")
+    with torch.no_grad():
+        exact = _exact_net(job)(crops[:EXACT].to(job.x.device, torch.float64)).cpu()
+    allowed = FACTOR * (plain[:EXACT].double() - exact).abs().max().item()
+    top = plain.topk(2).values
+    margins, classes = top[:, 0] - top[:, 1], plain.argmax(1)
+    occurring = classes.unique().numel()
+
+    found = []
+    for one in ours:
+        advance(f"logits of {title(one.name, job.model)}")
+        result = Agreement(one.name, "infer")
+        found.append(result)
+        logits = _logits(job, one.prepare(job), crops)
+        result.hold([compare("logits", logits[:EXACT], plain[:EXACT], exact)])
+        differ = logits.argmax(1) != classes
+        # Two logits closer than twice the error that torch itself may make have no order.
+        close = margins <= 2 * allowed
+        wrong, excused = int((differ & ~close).sum()), int((differ & close).sum())
+        result.facts = {
+            "crops": len(crops),
+            "classes": occurring,
+            "agree": len(crops) - wrong - excused,
+            "near_ties": excused,
+            "max_abs": (logits - plain).abs().max().item(),
+            "relative": relative_error(logits, plain),
+        }
+        if wrong:
+            result.problems.append(f"the top-1 class differs on {wrong} of {len(crops)} crops")
+        if len(crops) < CROPS:
+            result.problems.append(f"only {len(crops)} crops, at least {CROPS} are needed")
+        if occurring < CLASSES:
+            result.problems.append(f"only {occurring} classes occur over the crops, at least {CLASSES} are needed")
+    return found
+
+
+def _training_step(job: Job, entry: Entry, x: Tensor) -> dict[str, Tensor]:
+    """Loss, gradients and buffers after one step; the net's parameters stay as they are."""
+    assert entry.model is not None
+    entry.model.zero_grad(set_to_none=True)
+    with job.autocast() if x.dtype != torch.float64 else torch.autocast(x.device.type, enabled=False):
+        loss = F.cross_entropy(entry.net(entry.images(x)), job.target[: len(x)])
+    loss.backward()
+    named = {"loss": loss.detach()}
+    named |= {f"gradient {name}": p.grad for name, p in entry.model.named_parameters() if p.grad is not None}
+    return named | {f"buffer {name}": b.detach().clone() for name, b in entry.model.named_buffers()}
+
+
+def _equally_good(job: Job, x: Tensor) -> Iterator[dict[str, Tensor]]:
+    """torch's own step in another layout, and with the input changed by one rounding: what chance does to gradients."""
+    for change in (False, True):
+        net = job.plain().to(memory_format=torch.channels_last)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * torch.finfo(x.dtype).eps
+        yield _training_step(job, Entry(net, True, net), x + x * noise if change else x)
+
+
+def train_agreement(job: Job, ours: list[Rival], advance: Advance) -> list[Agreement]:
+    """Loss, every gradient and every running statistic of one training step on (some of) the job's batch."""
+    job = job.with_mode("train")
+    x = job.x[: EXACT if job.x.device.type == "cpu" else 32]
+    advance("torch's training step")
+    net = job.plain()
+    plain = _training_step(job, Entry(net, False, net), x)
+    advance("training step in float64")
+    net = _exact_net(job)
+    exact = _training_step(job, Entry(net, False, net), x.double())
+    granted = dict.fromkeys(exact, 0.0)
+    for others in _equally_good(job, x):
+        advance("torch's training step in other ways")
+        errors = {name: relative_error(others[name], exact[name]) for name in exact if exact[name].is_floating_point()}
+        for name, error in errors.items():
+            kind = name.split(" ")[0]
+            typical = statistics.median(e for other, e in errors.items() if other.split(" ")[0] == kind)
+            granted[name] = max(granted[name], error, typical)
+
+    found = []
+    for one in ours:
+        advance(f"training step of {title(one.name, job.model)}")
+        result = Agreement(one.name, "train")
+        found.append(result)
+        results = _training_step(job, one.prepare(job), x)
+        result.facts = {"crops": len(x)}
+        if results.keys() != exact.keys():
+            missing = sorted(results.keys() ^ exact.keys())
+            result.problems.append(f"{len(missing)} gradients or buffers are missing or too many, first {missing[0]}")
+        shared = [name for name in exact if name in results]
+        result.hold([compare(n, results[n], plain[n], exact[n], granted=granted[n]) for n in shared])
+    return found
+
+
+def lines(result: Agreement, model: str) -> list[str]:
+    """The comparison in words, one fact a line."""
+    what = "inference" if result.mode == "infer" else "training"
+    out = [f"parity {'ok' if result.ok else 'FAILED'}: {title(result.name, model)}, {what}"]
+    facts = result.facts
+    if result.mode == "infer" and result.rows:
+        row = result.rows[0]
+        out += [
+            f"  logits      largest difference {facts['max_abs']:.1e}, relative {facts['relative']:.1e} over "
+            f"{facts['crops']} crops; against float64 {row.ours:.1e}, torch's own {row.torch:.1e}, "
+            f"allowed {row.budget:.1e}",
+            f"  top-1       {facts['agree']} of {facts['crops']} crops agree; {facts['classes']} classes occur"
+            + (f"; {facts['near_ties']} differ within torch's own error" if facts["near_ties"] else ""),
+        ]
+    elif result.rows:
+        kinds = {"loss": "loss", "gradient": "gradients", "buffer": "statistics"}
+        for kind, label in kinds.items():
+            rows = [row for row in result.rows if row.name.split(" ")[0] == kind]
+            if rows:
+                worst = max(rows, key=lambda row: row.ours / row.budget if row.budget else 0.0 if row.ok else 1e300)
+                out.append(
+                    f"  {label:<11} {sum(row.ok for row in rows)} of {len(rows)} within the error budget; worst "
+                    f"{worst.name.removeprefix(kind + ' ')}: {worst.ours:.1e}, torch's own {worst.torch:.1e}, "
+                    f"allowed {worst.budget:.1e}"
+                )
+    return out + [f"  problem     {problem}" for problem in result.problems]

@@ -1,0 +1,275 @@
+"""`fused-resnet verify` and `fused-resnet bench`: whole networks on photographs; parity first, then times."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fused_resnet import dispatch
+from fused_resnet.convert import unfused_units
+
+from . import agreement, files, harness, photographs, rivals
+from .plain_resnet import plain_resnet
+from .realistic import make_realistic
+from .rivals import Job, Rival, title
+
+BATCH = {"infer": 1, "train": 4}
+ROUNDS = {"infer": 30, "train": 10}
+WHAT = {"infer": "inference", "train": "training"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+INTERRUPTED = 130  # as shells have it
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; None leaves the default of the mode."""
+
+    model: str = "resnet50"
+    modes: tuple[str, ...] = ("infer", "train")
+    batch: int | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: str = "fp32"
+    peers: tuple[str, ...] = ("eager", "channels_last")
+    images: tuple[str, ...] = ()
+    size: int = 224
+    rounds: int | None = None
+    json: Path | None = None
+    plot: Path | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def stages(what: str, total: int) -> Iterator[agreement.Advance]:
+    """A progress bar over named stages; call the result with the name of each as it starts."""
+    with tqdm(total=total, desc=what, leave=False, bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}") as bar:
+        started = False
+
+        def advance(stage: str) -> None:
+            nonlocal started
+            bar.update(int(started))
+            started = True
+            bar.set_description(f"{what}: {stage}")
+
+        yield advance
+
+
+def prepare(request: Request, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], str]:
+    """(crops, the state dict for all nets, what the input is)."""
+    with stages("input", 2) as advance:
+        advance("photographs")
+        if request.images:
+            images = [photographs.open_image(path) for path in request.images]
+            names = [Path(path).name for path in request.images]
+        else:
+            found = photographs.bundled()
+            images, names = list(found.values()), list(found)
+        largest = max((request.batch or BATCH[mode]) for mode in request.modes)
+        crops = photographs.crops(images, max(agreement.CROPS, largest), request.size, seed)
+        advance("batch norm's statistics")
+        torch.manual_seed(seed)
+        net = plain_resnet(request.model).to(request.device, memory_format=torch.channels_last)
+        make_realistic(net, crops[: agreement.CROPS].to(request.device), seed)
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    source = f"seeded crops of {shown}"
+    return crops, {name: value.cpu() for name, value in net.state_dict().items()}, source
+
+
+def make_job(request: Request, mode: str, crops: Tensor, state: dict[str, Tensor], seed: int = 0) -> Job:
+    batch = request.batch or BATCH[mode]
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, state["fc.bias"].numel(), (batch,), generator=generator)
+    x = crops[:batch].to(request.device)
+    return Job(request.model, mode, DTYPES[request.dtype], state, x, target.to(request.device))
+
+
+def agree(request: Request, job: Job, crops: Tensor) -> list[agreement.Agreement]:
+    """Hold every one of ours against the plain net, and print what was found."""
+    ours = list(rivals.OURS.values())
+    with stages(f"parity, {WHAT[job.mode]}", (2 if job.mode == "infer" else 4) + len(ours)) as advance:
+        if job.mode == "infer":
+            results = agreement.infer_agreement(job, ours, crops[: agreement.CROPS], advance)
+        else:
+            results = agreement.train_agreement(job, ours, advance)
+    for result in results:
+        print(*agreement.lines(result, request.model), sep="\n", flush=True)
+    return results
+
+
+def verify(request: Request) -> int:
+    """Parity alone. Returns 0 where all of it holds, else 1."""
+    crops, state, source = prepare(request)
+    print(describe(request, source))
+    results = [r for mode in request.modes for r in agree(request, make_job(request, mode, crops, state), crops)]
+    return 0 if all(result.ok for result in results) else 1
+
+
+def describe(request: Request, source: str) -> str:
+    return f"{request.model}, {request.dtype}, {request.size}x{request.size}, on {request.device}; {source}"
+
+
+@contextlib.contextmanager
+def recorded_backends() -> Iterator[dict[str, set[str]]]:
+    """Yields op -> the backends that really serve its calls, each with the reason why an earlier one does not."""
+    seen: dict[str, set[str]] = {}
+    choose = dispatch.choose
+
+    def recording(primitive: str, *args: Any, **kwargs: Any) -> dispatch.Choice:
+        choice = choose(primitive, *args, **kwargs)
+        op = max((op for op in dispatch.OPS if primitive.startswith(op)), key=len)
+        why = "; ".join(f"not {name}: {reason}" for name, reason in choice.skipped)
+        seen.setdefault(op, set()).add(f"{choice.backend} ({why})" if why else choice.backend)
+        return choice
+
+    dispatch.choose = recording
+    try:
+        yield seen
+    finally:
+        dispatch.choose = choose
+
+
+def backends_of(one: Rival, job: Job) -> list[str]:
+    """What one of ours really runs on in this job, a line for each op, from one run of it."""
+    entry = one.prepare(job)
+    step = entry.step(job)
+    with recorded_backends() as seen:
+        step()
+    found = [f"{op}: {', '.join(sorted(names))}" for op, names in sorted(seen.items())]
+    unfused = unfused_units(entry.model) if entry.model is not None else []
+    return found + [f"{name} runs unfused: {reason}" for name, reason in unfused]
+
+
+def time_all(request: Request, job: Job, measure: Any = harness.measure) -> dict[str, Any]:
+    """The rows and ratios of one job, as they go into the JSON file."""
+    rounds = request.rounds or ROUNDS[job.mode]
+    everyone = [rivals.PEERS[name] for name in request.peers] + list(rivals.OURS.values())
+    steps = {title(r.name, job.model): (lambda r=r: r.prepare(job).step(job)) for r in everyone}
+    backends = {title(one.name, job.model): backends_of(one, job) for one in rivals.OURS.values()}
+    with tqdm(total=0, desc=f"timing, {WHAT[job.mode]}", unit="round", leave=False) as bar:
+
+        def progress(rounds: range) -> Iterator[int]:
+            bar.reset(len(rounds))
+            for index in rounds:
+                yield index
+                bar.update()
+
+        warmup = 2 if job.x.device.type == "cpu" else 10
+        times, complete = measure(steps, rounds, warmup, harness.timer(job.x.device), progress)
+
+    batch = len(job.x)
+    ours = {name: times[name] for name in backends if times[name].ms}
+    rows = []
+    for one, (name, entry) in zip(everyone, times.items(), strict=True):
+        row: dict[str, Any] = {"name": name, "about": one.about, "ours": one.name in rivals.OURS}
+        if entry.ms:
+            mid, low, high = harness.spread(entry.ms)
+            row |= {"median_ms": mid, "quartiles_ms": [low, high], "images_per_s": batch / mid * 1e3}
+            row |= {"first_call_ms": entry.first_ms, "runs_ms": entry.ms}
+            row["speedup"] = {
+                our_name: dict(zip(("median", "low", "high"), harness.ratio(entry, our), strict=True))
+                for our_name, our in ours.items()
+                if our_name != name and harness.ratio(entry, our) is not None
+            }
+        else:
+            row["not_available"] = entry.reason or "interrupted before its first timed run"
+        if name in backends:
+            row["backends"] = backends[name]
+        rows.append(row)
+    return {"mode": job.mode, "batch": batch, "rounds": rounds, "complete": complete, "rows": rows}
+
+
+def table(result: dict[str, Any], model: str) -> str:
+    """The rows as an aligned table; the last columns tell how many times as fast each of ours is, paired by round."""
+    ours = [row["name"] for row in result["rows"] if row["ours"] and "median_ms" in row]
+    cells = [["rival", "median ms", "quartiles", "images/s", *(f"{name} is" for name in ours)]]
+    for row in result["rows"]:
+        if "median_ms" not in row:
+            cells.append([row["name"], f"not available: {row['not_available']}"])
+            continue
+        low, high = row["quartiles_ms"]
+        faster = [row["speedup"].get(name) for name in ours]
+        cells.append(
+            [row["name"], f"{row['median_ms']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['images_per_s']:.1f}"]
+            + [f"{f['median']:.2f}x as fast" if f and not row["ours"] else "" for f in faster]
+        )
+    widths = [max(len(row[i]) for row in cells if len(row) > 2) for i in range(len(cells[0]))]
+    out = []
+    for row in cells:
+        if len(row) == 2:
+            out.append(f"{row[0]:<{widths[0]}}  {row[1]}")
+            continue
+        text = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        out.append("  ".join(text).rstrip())
+    for row in result["rows"]:
+        if row.get("first_call_ms", 0) > 1e3 and row["first_call_ms"] > 10 * row["median_ms"]:
+            out.append(f"{row['name']}: its first call took {row['first_call_ms'] / 1e3:.1f} s")
+        out += [f"{row['name']} ran on {line}" for line in row.get("backends", ())]
+    if not result["complete"]:
+        done = max(len(row.get("runs_ms", ())) for row in result["rows"])
+        out.append(f"INCOMPLETE: interrupted in round {done} of {result['rounds']}")
+    return "\n".join(out)
+
+
+def bench(request: Request) -> int:
+    """Parity, then times, for each mode. Returns 0; 1 where parity failed or one of ours did not run."""
+    outputs = files.check(json=request.json, plot=request.plot)
+    if request.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # the shapes are fixed: everyone gets the fastest algorithms
+    document: dict[str, Any] = {
+        "schema": 1,
+        "complete": False,
+        "environment": request.environment,
+        "request": {
+            "model": request.model,
+            "device": str(request.device),
+            "dtype": request.dtype,
+            "size": request.size,
+            "peers": list(request.peers),
+        },
+        "parity": [],
+        "results": [],
+    }
+    code = 0
+    try:
+        crops, state, source = prepare(request)
+        document["input"] = source
+        print(describe(request, source), flush=True)
+        good = []
+        for mode in request.modes:
+            job = make_job(request, mode, crops, state)
+            found = agree(request, job, crops)
+            document["parity"] += [result.as_dict() | {"name": title(result.name, request.model)} for result in found]
+            if all(result.ok for result in found):
+                good.append(job)
+            else:
+                code = 1
+        for job in good:
+            result = time_all(request, job)
+            document["results"].append(result)
+            heading = (
+                f"{request.model}, {request.dtype}, {WHAT[job.mode]}, batch {len(job.x)}, {result['rounds']} rounds"
+            )
+            print(f"\n{heading}\n{table(result, request.model)}", flush=True)
+            if any(row["ours"] and "median_ms" not in row for row in result["rows"]) and result["complete"]:
+                code = 1
+            if not result["complete"]:
+                raise KeyboardInterrupt
+        document["complete"] = True
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        if not document["results"]:
+            print("INCOMPLETE: interrupted before any time was taken", flush=True)
+    if outputs.json:
+        files.write(outputs.json, (json.dumps(files.plain(document), indent=1) + "\n").encode())
+    if outputs.plot and any("median_ms" in row for result in document["results"] for row in result["rows"]):
+        from . import plot
+
+        files.write(outputs.plot, plot.draw(document, outputs.plot.suffix[1:]))
+    return code

@@ -1,0 +1,296 @@
+"""The command `fused-resnet`: info, verify, bench.
+
+Exit codes: 0 good; 1 a check failed; 2 wrong arguments or a request that cannot be met, with one sentence on standard
+error; 130 interrupted (what was measured until then is kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fused_resnet import __version__, dispatch
+from fused_resnet.backends import cpp
+
+MODELS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+PACKAGE = Path(__file__).resolve().parent
+
+
+def load_benchmarks(name: str) -> Any:
+    """A module of `fused_resnet.benchmarks`: installed, or (from a source tree) the folder beside the package."""
+    package = "fused_resnet.benchmarks"
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
+        init = PACKAGE.parent / "benchmarks" / "__init__.py"
+        spec = importlib.util.spec_from_file_location(package, init, submodule_search_locations=[str(init.parent)])
+        if spec is None or spec.loader is None or not init.is_file():
+            raise SystemExit(f"fused-resnet: error: the benchmarks are neither installed nor at {init.parent}")
+        sys.modules[package] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return importlib.import_module(f"{package}.{name}" if name else package)
+
+
+# info
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[dict[str, Any]]:
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        capability = f"{gpu.major}.{gpu.minor}"
+        found.append({"name": gpu.name, "capability": capability, "memory_gib": round(gpu.total_memory / 2**30, 1)})
+    return found
+
+
+def _extensions_elsewhere() -> list[str]:
+    """Folders of other installs of this package that hold an extension; the imported tree shadows them."""
+    found = set()
+    for entry in sys.path:
+        folder = Path(entry or ".").resolve() / "fused_resnet"
+        if folder != PACKAGE and any(path.suffix in (".so", ".pyd") for path in folder.glob("_C.*")):
+            found.add(str(folder))
+    return sorted(found)
+
+
+def environment() -> dict[str, Any]:
+    """What `info` tells, as it goes into JSON."""
+    missing = cpp.unavailable("cpu")
+    info: dict[str, Any] = {
+        "versions": {
+            "fused_resnet": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        },
+        "package": str(PACKAGE),
+        "cpu": {
+            "name": _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "gpus": _gpus(),
+        "extension": {"loaded": missing is None, "reason": missing, "build": cpp.build_info()},
+        "requested_backend": dispatch.requested(),
+        "backends": [row._asdict() for row in dispatch.backend_table()],
+    }
+    if missing is not None:
+        info["extension"]["elsewhere"] = _extensions_elsewhere()
+    return info
+
+
+def info(args: argparse.Namespace) -> int:
+    found = environment()
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    cpu, extension = found["cpu"], found["extension"]
+    build = extension["build"]
+    lines = [(name, version or "not installed") for name, version in found["versions"].items() if name != "cudnn"]
+    if found["versions"]["cuda"] is None:
+        lines[-1] = ("cuda", "none: this torch is a CPU build")
+    lines += [
+        ("package", found["package"]),
+        ("cpu", f"{cpu['name']}, {cpu['threads']} threads, {cpu['capability']}"),
+        *(("gpu", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB") for gpu in found["gpus"]),
+    ]
+    if not found["gpus"]:
+        lines.append(("gpu", "none"))
+    lines.append(("extension", "loaded" if extension["loaded"] else f"not loaded: {extension['reason']}"))
+    if build.get("built"):
+        lines.append(("", f"built with torch {build.get('torch')}, {build.get('compiler')}"))
+        lines.append(("", f"flags {' '.join(build.get('flags') or ())}; CUDA {build.get('cuda') or 'not built'}"))
+    for folder in extension.get("elsewhere", ()):
+        lines.append(
+            ("", f"another install, {folder}, has an extension, but {found['package']} comes first on sys.path")
+        )
+    if found["requested_backend"] != "auto":
+        lines.append(("requested", f"{found['requested_backend']} everywhere, by set_backend or FUSED_RESNET_BACKEND"))
+    print("\n".join(f"{name:<14}{text}".rstrip() for name, text in lines))
+    print(f"\n{dispatch.backend_table()}")
+    return 0
+
+
+# verify, bench
+
+
+def _request(args: argparse.Namespace, **options: Any) -> Any:
+    bench = load_benchmarks("bench_resnet")
+    return bench.Request(model=args.model, device=args.device, dtype=args.dtype, size=args.size, **options)
+
+
+def verify(args: argparse.Namespace) -> int:
+    modes = ("train",) if args.train else ("infer",)
+    return load_benchmarks("bench_resnet").verify(_request(args, modes=modes, images=tuple(args.image)))
+
+
+def bench(args: argparse.Namespace) -> int:
+    known = load_benchmarks("rivals").PEERS
+    unknown = [name for name in args.peers if name not in known]
+    if unknown:
+        raise load_benchmarks("").RequestError(f"unknown peer {unknown[0]!r}; expected some of {', '.join(known)}")
+    found = environment()
+    found["device"] = (
+        torch.cuda.get_device_name(args.device)
+        if args.device.type == "cuda"
+        else f"{found['cpu']['name']}, {found['cpu']['threads']} threads"
+    )
+    request = _request(
+        args,
+        modes=tuple(dict.fromkeys(mode for modes in args.mode or [("infer", "train")] for mode in modes)),
+        batch=args.batch,
+        peers=args.peers,
+        images=tuple(args.image),
+        rounds=args.rounds,
+        json=args.json,
+        plot=args.plot,
+        environment=found,
+    )
+    print(f"fused_resnet {__version__}, torch {torch.__version__}, {found['device']}", flush=True)
+    return load_benchmarks("bench_resnet").bench(request)
+
+
+# arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}; expected cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            why = "this torch is a CPU build" if torch.version.cuda is None else f"torch sees {count} GPUs"
+            raise argparse.ArgumentTypeError(f"device {text} is not available: {why}")
+    return device
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in ("infer", "train"):
+            raise argparse.ArgumentTypeError(f"unknown mode {name!r}; expected infer, train or both with a comma")
+    return names
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _at_least(least: int) -> Any:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return value
+
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(prog="fused-resnet", description="Fused kernels for residual networks.")
+    top.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="{info,verify,bench}")
+
+    command = commands.add_parser("info", help="versions, devices, per op the live backend and why not the others")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.set_defaults(run=info)
+
+    common = _Parser(add_help=False)
+    add = common.add_argument
+    add("--model", choices=MODELS, default="resnet50", metavar="M", help=f"one of {', '.join(MODELS)} (resnet50)")
+    add("--device", type=_device, default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="fp32, or bf16 by autocast (fp32)")
+    add("--size", type=_at_least(32), default=224, metavar="N", help="height and width of the images (224)")
+    add("--image", nargs="+", default=[], metavar="FILE", help="photographs to use instead of the bundled ones")
+
+    command = commands.add_parser("verify", parents=[common], help="does fused equal unfused? exit code 1 if not")
+    command.add_argument("--train", action="store_true", help="compare a training step instead of inference")
+    command.set_defaults(run=verify)
+
+    command = commands.add_parser("bench", parents=[common], help="parity, then the speed beside unfused rivals")
+    add = command.add_argument
+    add("--mode", type=_modes, action="append", metavar="M", help="infer, train, or both: infer,train (both)")
+    add("--batch", type=_at_least(1), metavar="N", help="images in a batch (1 for inference, 4 for training)")
+    add(
+        "--peers",
+        type=_peers,
+        default=("eager", "channels_last"),
+        metavar="LIST",
+        help="rivals: eager, channels_last, compile (eager,channels_last)",
+    )
+    add("--rounds", type=_at_least(10), metavar="N", help="timed runs of each (30 for inference, 10 for training)")
+    add("--json", type=Path, metavar="FILE", help="write everything measured")
+    add("--plot", type=Path, metavar="FILE", help="write one picture (.png, .svg, .pdf)")
+    command.set_defaults(run=bench)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("fused-resnet: interrupted", file=sys.stderr)
+        return 130
+    except dispatch.BackendUnavailableError as error:
+        message = str(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit's flush fails too
+        return 0
+    except Exception as error:
+        if "fused_resnet.benchmarks" not in sys.modules or not isinstance(error, load_benchmarks("").RequestError):
+            raise
+        message = str(error)
+    print(f"fused-resnet: error: {message}", file=sys.stderr)
+    return 2
