@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fused_resnet.modules import FusedModule, unfused_reason
+from fused_resnet.modules import AddReLU, BNAct, FusedModule
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -13,9 +13,9 @@ def restore(model: nn.Module) -> nn.Module:
     In place; parameters, buffers and state-dict keys are untouched. Returns the model.
     """
     for module in model.modules():
-        if isinstance(module, FusedModule):
-            module.refresh()
+        if isinstance(module, (FusedModule, BNAct, AddReLU)):
             module._fused = False
+    refresh(model)
     return model
 
 
@@ -34,8 +34,5 @@ def unfused_units(model: nn.Module) -> list[tuple[str, str]]:
     found = []
     for path, module in model.named_modules():
         if isinstance(module, FusedModule):
-            for unit, children in module.units().items():
-                reason = unfused_reason(*children) if module._fused else "restored"
-                if reason is not None:
-                    found.append((f"{path}.{unit}" if path else unit, reason))
+            found += [(f"{path}.{unit}" if path else unit, reason) for unit, reason in module.unfused().items()]
     return found

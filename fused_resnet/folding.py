@@ -63,8 +63,9 @@ def fold(
 class FoldCache:
     """One unit's folded and packed inference weights, valid while no tensor that they come from has changed.
 
-    Change is seen by storage address and version counter: every in-place write through torch counts, a write through
-    `.data` or a raw pointer does not (call `fused_resnet.refresh`). The cache is in no state dict, pickle or copy.
+    Change is seen by storage, shape, strides and version counter: every in-place write through torch counts, a write
+    through `.data`, a raw pointer or by another process does not (call `fused_resnet.refresh`). The cache is in no
+    state dict, pickle or copy.
     """
 
     __slots__ = ("_entry",)
@@ -84,7 +85,7 @@ class FoldCache:
             if tensor is None or alias is None:
                 if tensor is not alias:
                     return None
-            elif tensor.data_ptr() != alias.data_ptr() or tensor._version != version or tensor.dtype != alias.dtype:
+            elif not tensor.is_set_to(alias) or tensor._version != version or tensor.dtype != alias.dtype:
                 return None
         return entry[3]
 

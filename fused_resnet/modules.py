@@ -5,23 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy, Tracer
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_resnet import dispatch, ops
 from fused_resnet.folding import FoldCache, fold
-from fused_resnet.ops.checks import autocast_dtype, check_activation, is_channels_last, is_traced, needs_grad
+from fused_resnet.ops.checks import (
+    autocast_dtype,
+    check_activation,
+    check_channels,
+    is_channels_last,
+    is_traced,
+    needs_grad,
+)
 from fused_resnet.ops.conv_bias_act import conv_layout, conv_output_shape
 
 Units = dict[str, tuple[nn.Module, nn.Module, nn.Module | None]]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OVERRIDES = ("forward", "_conv_forward")
+_PLAIN = (nn.Parameter, Tensor, type(None))
+
+
+def call_reason() -> str | None:
+    """Why every module must run unfused now: torch is watching or transforming calls that only torch's ops support."""
+    if _has_any_global_hook():
+        return "a global module hook is set"
+    if torch.compiler.is_compiling():
+        return None
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    return "torch.jit.trace is active" if torch._C._get_tracing_state() else None
 
 
 def unfused_reason(conv: nn.Module | None, bn: nn.Module | None, act: nn.Module | None) -> str | None:
     """Why a conv, BN, activation unit must run unfused: None where nothing that fusion bypasses would be missed."""
-    if _has_any_global_hook():
-        return "a global module hook is set"
+    reason = call_reason()
+    if reason is not None:
+        return reason
     for child, expected in ((conv, nn.Conv2d), (bn, nn.BatchNorm2d), (act, nn.ReLU)):
         if child is None:
             continue
@@ -31,8 +56,10 @@ def unfused_reason(conv: nn.Module | None, bn: nn.Module | None, act: nn.Module 
         for hooks in _HOOKS:
             if state[hooks]:
                 return f"a hook is set on its {expected.__name__}"
-        if "forward" in state:
+        if any(name in state for name in _OVERRIDES):
             return f"forward is replaced on its {expected.__name__}"
+        if type(state["_parameters"].get("weight")) not in _PLAIN and not torch.compiler.is_compiling():
+            return f"the weight of its {expected.__name__} is a tensor subclass"
     if conv is not None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
         return f"padding is {conv.padding!r} with mode {conv.padding_mode!r}"
     return None
@@ -71,6 +98,13 @@ class FusedModule(nn.Module):
     def units(self) -> Units:
         """name -> (conv, bn, activation) of what this module itself runs as one op."""
         return {}
+
+    def unfused(self) -> dict[str, str]:
+        """unit -> why it would run unfused now."""
+        if not self._fused:
+            return dict.fromkeys(self.units(), "restored")
+        reasons = {name: unfused_reason(*children) for name, children in self.units().items()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def refresh(self) -> None:
         """Drop the folded weights, after a write that torch cannot see (through `.data` or a raw pointer)."""
@@ -147,7 +181,7 @@ class FusedModule(nn.Module):
     ) -> Tensor | None:
         """The unit with kept folded weights; None where the backend does not fold, or for the op to refuse."""
         weight = conv.weight
-        if x.dim() != 4 or x.shape[1] != conv.in_channels or x.device != weight.device:
+        if x.dim() != 4 or x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device:
             return None
         dtype = autocast_dtype(x)
         if dtype is not None:
@@ -155,6 +189,8 @@ class FusedModule(nn.Module):
         elif x.dtype != weight.dtype:
             return None
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        if not all(type(size) is tuple for size in geometry[:3]):  # changed by hand, to an int perhaps
+            return None
         out_shape = conv_output_shape(x, weight, conv.stride, cast("tuple[int, ...]", conv.padding), conv.dilation)
         if min(out_shape[2:]) < 1:
             return None
@@ -172,6 +208,8 @@ class FusedModule(nn.Module):
         key = (x.dtype, channels_last, bn.eps, geometry)
         folded = cache.get(tensors, key)
         if folded is None:
+            names = ("bias", "gamma", "beta", "running_mean", "running_var")
+            check_channels("conv_bn_act", x, weight.shape[0], zip(names, tensors[1:], strict=True))
             w, b = fold(*tensors, bn.eps, x.dtype)  # type: ignore[arg-type]
             folded = (choice.pack(w, tuple(x.shape), *geometry) if channels_last else w, b)
             cache.put(tensors, key, folded)
@@ -233,6 +271,8 @@ class BNAct(nn.BatchNorm2d):
     It is an nn.BatchNorm2d (same arguments, parameters, buffers and state dict) with an `activation`.
     """
 
+    _fused = True
+
     def __init__(self, num_features: int, *args: Any, activation: str | None = "relu", **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
         check_activation("BNAct", activation)
@@ -241,10 +281,19 @@ class BNAct(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        if not 2 <= input.dim() <= 5:
+            raise ValueError(f"BNAct: x must be (N, C, ...) of 2 to 5 dimensions, got shape {tuple(input.shape)}")
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, ...), and a residual of the same shape, to the same shape."""
         if isinstance(x, Proxy):
             return _as_leaf(self, x, residual)
+        if not self._fused or call_reason() is not None:
+            y = super().forward(x)
+            if residual is not None:
+                y = y + residual
+            return y if self.activation is None else torch.relu(y)
         return ops.bn_act(
             x,
             self.weight,
@@ -261,9 +310,13 @@ class BNAct(nn.BatchNorm2d):
 class AddReLU(nn.Module):
     """relu(x + residual) for tensors of one shape and dtype."""
 
+    _fused = True
+
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return _as_leaf(self, x, residual)
+        if not self._fused or call_reason() is not None:
+            return torch.relu(x + residual)
         return ops.add_relu(x, residual)
 
 
@@ -277,8 +330,15 @@ class _Block(FusedModule):
 
     def units(self) -> Units:
         found: Units = {conv: (getattr(self, conv), getattr(self, bn), self.relu) for conv, bn in self._UNITS}
-        if self._projection():
-            found["downsample"] = (self.downsample[0], self.downsample[1], None)  # type: ignore[index]
+        path = self.downsample
+        if isinstance(path, nn.Sequential) and len(path) == 2:
+            found["downsample"] = (path[0], path[1], None)
+        return found
+
+    def unfused(self) -> dict[str, str]:
+        found = super().unfused()
+        if self.downsample is not None and not self._projection():
+            found.setdefault("downsample", "it is not a plain nn.Sequential(conv, bn) without hooks")
         return found
 
     def _projection(self) -> bool:
@@ -286,7 +346,9 @@ class _Block(FusedModule):
         path = self.downsample
         if type(path) is not nn.Sequential or len(path) != 2 or "forward" in path.__dict__:
             return False
-        return not any(path.__dict__[hooks] for hooks in _HOOKS)
+        if not self._fused or any(path.__dict__[hooks] for hooks in _HOOKS):
+            return False
+        return not _has_any_global_hook()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, planes * expansion, H', W'), channels_last where x is."""

@@ -16,7 +16,7 @@ from torch.fx import Proxy
 
 from fused_resnet import dispatch
 from fused_resnet.models.weights import load_weights
-from fused_resnet.modules import BasicBlock, Bottleneck, FusedModule, Units
+from fused_resnet.modules import BasicBlock, Bottleneck, FusedModule, Units, call_reason
 
 
 class ResNet(FusedModule):
@@ -102,7 +102,7 @@ class ResNet(FusedModule):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) and module.weight is not None:
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         if zero_init_residual:
@@ -120,7 +120,13 @@ class ResNet(FusedModule):
         return self._forward_impl(x)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        if self._fused and not isinstance(x, Proxy) and x.dim() == 4 and dispatch.prefers_channels_last(x):
+        if (
+            self._fused
+            and not isinstance(x, Proxy)
+            and x.dim() == 4
+            and call_reason() is None
+            and dispatch.prefers_channels_last(x)
+        ):
             x = x.contiguous(memory_format=torch.channels_last)  # once, here: every block keeps the layout
         x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
         x = self.maxpool(x)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_resnet import dispatch
-from fused_resnet.ops.checks import as_layout, check_input, check_shape, dense, is_traced, needs_grad
+from fused_resnet.ops.checks import as_layout, check_input, check_shape, dense, is_autocast, is_traced, needs_grad
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
         ValueError: shapes or devices differ. TypeError: dtypes differ or are not floating point.
     """
     check_input("add_relu", "x", x)
-    if isinstance(residual, Tensor) and residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+    if isinstance(residual, Tensor) and residual.dtype != x.dtype and is_autocast(x):
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     check_input("add_relu", "residual", residual, like=x)

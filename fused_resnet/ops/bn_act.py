@@ -19,6 +19,7 @@ from fused_resnet.ops.checks import (
     check_input,
     check_shape,
     dense,
+    is_autocast,
     is_traced,
     needs_grad,
 )
@@ -67,7 +68,7 @@ def bn_act(
     vectors = (("gamma", gamma), ("beta", beta), ("running_mean", running_mean), ("running_var", running_var))
     check_channels("bn_act", x, x.shape[1], vectors)
     if residual is not None:
-        if isinstance(residual, Tensor) and residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+        if isinstance(residual, Tensor) and residual.dtype != x.dtype and is_autocast(x):
             # Eager's promotion under autocast: a float32 residual gives a float32 result.
             y = bn_act(
                 x,

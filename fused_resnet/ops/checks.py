@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ACTIVATIONS = ("relu", None)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -88,16 +89,27 @@ def as_layout(t: Tensor, x: Tensor) -> Tensor:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that torch.autocast would run a convolution of x in, or None."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if not is_autocast(x) or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def is_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see the call; forward mode too, for the kernels would lose its tangents silently."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether the call must go through registered ops: compiling, exporting, a tensor subclass (fake, functional)."""
-    return torch.compiler.is_compiling() or type(x) not in _PLAIN
+    """Whether the call must go through registered ops: compiling, exporting, make_fx, a tensor subclass (fake, ...)."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
