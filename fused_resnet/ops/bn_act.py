@@ -3,6 +3,7 @@ block (He et al. 2015, fig. 2). The backward formulas stand in `fused_resnet.bac
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def bn_act(
             All four vectors have x's dtype, or float32 beside a 16-bit x.
         residual: x's shape, dtype and device, any strides; it may be x itself. No broadcasting.
         momentum: a float, or a 0-d tensor on x's device.
-        eps: added to the variance.
+        eps: added to the variance; positive in training.
         activation: "relu" or None.
 
     Returns:
@@ -85,8 +86,11 @@ def bn_act(
         check_input("bn_act", "residual", residual, like=x)
         check_shape("bn_act", "residual", residual, x.shape)
     if training:
-        if x.numel() == x.shape[1]:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        # torch's own sentences
+        if x.shape[0] * math.prod(x.shape[2:]) == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        if eps <= 0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     elif running_mean is None or running_var is None:
         raise ValueError("bn_act: without training, running_mean and running_var are needed, got None")
 

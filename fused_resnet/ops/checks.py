@@ -25,6 +25,8 @@ def check_input(op: str, name: str, x: Any, like: Tensor | None = None) -> None:
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a strided tensor, got layout {x.layout}")
     if like is not None:
         if x.device != like.device:
             raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device} as the input")
