@@ -9,19 +9,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_resnet.dispatch import BackendUnavailableError
 from fused_resnet.parity import FACTOR, Comparison, compare, relative_error
 
+from .harness import one_line
 from .rivals import Entry, Job, Rival, title
 
 CROPS, CLASSES = 64, 5  # over how many crops the classes are compared, and how many classes must occur there
 CHUNK = 16
 EXACT = 4  # crops that are also computed in float64
+T = TypeVar("T")
 Advance = Callable[[str], None]
 
 
@@ -54,6 +57,17 @@ class Agreement:
         return {"mode": self.mode, "ok": self.ok, "problems": self.problems, **self.facts, "tensors": rows}
 
 
+def _attempt(result: Agreement, compute: Callable[[], T]) -> T | None:
+    """What `compute` gives; None where it raises, which is a problem of the result."""
+    try:
+        return compute()
+    except BackendUnavailableError:  # asked for by the user
+        raise
+    except Exception as error:
+        result.problems.append(f"it fails with {one_line(error)}")
+        return None
+
+
 @torch.no_grad()
 def _logits(job: Job, entry: Entry, crops: Tensor) -> Tensor:
     with job.autocast():
@@ -84,7 +98,9 @@ def infer_agreement(job: Job, ours: list[Rival], crops: Tensor, advance: Advance
         advance(f"logits of {title(one.name, job.model)}")
         result = Agreement(one.name, "infer")
         found.append(result)
-        logits = _logits(job, one.prepare(job), crops)
+        logits = _attempt(result, lambda one=one: _logits(job, one.prepare(job), crops))
+        if logits is None:
+            continue
         result.hold([compare("logits", logits[:EXACT], plain[:EXACT], exact)])
         differ = logits.argmax(1) != classes
         # Two logits closer than twice the error that torch itself may make have no order.
@@ -151,7 +167,9 @@ def train_agreement(job: Job, ours: list[Rival], advance: Advance) -> list[Agree
         advance(f"training step of {title(one.name, job.model)}")
         result = Agreement(one.name, "train")
         found.append(result)
-        results = _training_step(job, one.prepare(job), x)
+        results = _attempt(result, lambda one=one: _training_step(job, one.prepare(job), x))
+        if results is None:
+            continue
         result.facts = {"crops": len(x)}
         if results.keys() != exact.keys():
             missing = sorted(results.keys() ^ exact.keys())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from fused_resnet import dispatch
 from fused_resnet.convert import unfused_units
+from fused_resnet.parity import relative_error
 
 from . import agreement, files, harness, photographs, rivals
 from .plain_resnet import plain_resnet
@@ -25,6 +27,8 @@ BATCH = {"infer": 1, "train": 4}
 ROUNDS = {"infer": 30, "train": 10}
 WHAT = {"infer": "inference", "train": "training"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# A rival that is farther from torch's result than that does another job, and its time says nothing.
+WRONG = {torch.float32: 1e-2, torch.bfloat16: 0.2}
 INTERRUPTED = 130  # as shells have it
 
 
@@ -72,7 +76,7 @@ def prepare(request: Request, seed: int = 0) -> tuple[Tensor, dict[str, Tensor],
             found = photographs.bundled()
             images, names = list(found.values()), list(found)
         largest = max((request.batch or BATCH[mode]) for mode in request.modes)
-        crops = photographs.crops(images, max(agreement.CROPS, largest), request.size, seed)
+        crops = photographs.crops(images, max(agreement.CROPS, min(largest, 512)), request.size, seed)
         advance("batch norm's statistics")
         torch.manual_seed(seed)
         net = plain_resnet(request.model).to(request.device, memory_format=torch.channels_last)
@@ -86,7 +90,7 @@ def make_job(request: Request, mode: str, crops: Tensor, state: dict[str, Tensor
     batch = request.batch or BATCH[mode]
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(0, state["fc.bias"].numel(), (batch,), generator=generator)
-    x = crops[:batch].to(request.device)
+    x = crops[torch.arange(batch) % len(crops)].to(request.device)
     return Job(request.model, mode, DTYPES[request.dtype], state, x, target.to(request.device))
 
 
@@ -109,6 +113,14 @@ def verify(request: Request) -> int:
     print(describe(request, source))
     results = [r for mode in request.modes for r in agree(request, make_job(request, mode, crops, state), crops)]
     return 0 if all(result.ok for result in results) else 1
+
+
+def load_note() -> str | None:
+    """A warning where other work keeps the CPUs busy."""
+    load, cpus = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load <= 0.75 * cpus:
+        return None
+    return f"note: other work runs on this machine (load {load:.1f} on {cpus} CPUs), so the times will scatter"
 
 
 def describe(request: Request, source: str) -> str:
@@ -135,23 +147,41 @@ def recorded_backends() -> Iterator[dict[str, set[str]]]:
         dispatch.choose = choose
 
 
-def backends_of(one: Rival, job: Job) -> list[str]:
-    """What one of ours really runs on in this job, a line for each op, from one run of it."""
+def watched(one: Rival, job: Job, backends: dict[str, list[str]]) -> harness.Step:
+    """One of ours, whose first run notes in `backends` what it really runs on, a line for each op."""
+    name = title(one.name, job.model)
     entry = one.prepare(job)
     step = entry.step(job)
-    with recorded_backends() as seen:
-        step()
-    found = [f"{op}: {', '.join(sorted(names))}" for op, names in sorted(seen.items())]
-    unfused = unfused_units(entry.model) if entry.model is not None else []
-    return found + [f"{name} runs unfused: {reason}" for name, reason in unfused]
+
+    def run() -> Any:
+        if name in backends:
+            return step()
+        with recorded_backends() as seen:
+            result = step()
+        unfused = unfused_units(entry.model) if entry.model is not None else []
+        backends[name] = [f"{op}: {', '.join(sorted(names))}" for op, names in sorted(seen.items())]
+        backends[name] += [f"no fused op ({unit}: {reason})" for unit, reason in unfused]
+        return result
+
+    return run
 
 
-def time_all(request: Request, job: Job, measure: Any = harness.measure) -> dict[str, Any]:
+def time_all(request: Request, job: Job) -> dict[str, Any]:
     """The rows and ratios of one job, as they go into the JSON file."""
     rounds = request.rounds or ROUNDS[job.mode]
     everyone = [rivals.PEERS[name] for name in request.peers] + list(rivals.OURS.values())
-    steps = {title(r.name, job.model): (lambda r=r: r.prepare(job).step(job)) for r in everyone}
-    backends = {title(one.name, job.model): backends_of(one, job) for one in rivals.OURS.values()}
+    backends: dict[str, list[str]] = {}
+    steps: dict[str, Callable[[], harness.Step]] = {}
+    for one in everyone:
+        prepare = (lambda one=one: watched(one, job, backends)) if one.name in rivals.OURS else one.step_for(job)
+        steps[title(one.name, job.model)] = prepare
+    expected = rivals.PEERS["eager"].step_for(job)()()
+
+    def check(name: str, result: torch.Tensor) -> None:
+        error = relative_error(result, expected)
+        if not error < WRONG[job.dtype]:
+            raise rivals.WrongResultError(f"its result differs from torch's by {error:.1e} (relative)")
+
     with tqdm(total=0, desc=f"timing, {WHAT[job.mode]}", unit="round", leave=False) as bar:
 
         def progress(rounds: range) -> Iterator[int]:
@@ -161,10 +191,10 @@ def time_all(request: Request, job: Job, measure: Any = harness.measure) -> dict
                 bar.update()
 
         warmup = 2 if job.x.device.type == "cpu" else 10
-        times, complete = measure(steps, rounds, warmup, harness.timer(job.x.device), progress)
+        times, complete = harness.measure(steps, rounds, warmup, harness.timer(job.x.device), progress, check)
 
     batch = len(job.x)
-    ours = {name: times[name] for name in backends if times[name].ms}
+    ours = {name: times[name] for name in (title(one, job.model) for one in rivals.OURS) if times[name].ms}
     rows = []
     for one, (name, entry) in zip(everyone, times.items(), strict=True):
         row: dict[str, Any] = {"name": name, "about": one.about, "ours": one.name in rivals.OURS}
@@ -188,7 +218,7 @@ def time_all(request: Request, job: Job, measure: Any = harness.measure) -> dict
 def table(result: dict[str, Any], model: str) -> str:
     """The rows as an aligned table; the last columns tell how many times as fast each of ours is, paired by round."""
     ours = [row["name"] for row in result["rows"] if row["ours"] and "median_ms" in row]
-    cells = [["rival", "median ms", "quartiles", "images/s", *(f"{name} is" for name in ours)]]
+    cells = [["rival", "median ms", "quartiles", "images/s", *(f"speed-up: {name}" for name in ours)]]
     for row in result["rows"]:
         if "median_ms" not in row:
             cells.append([row["name"], f"not available: {row['not_available']}"])
@@ -197,7 +227,10 @@ def table(result: dict[str, Any], model: str) -> str:
         faster = [row["speedup"].get(name) for name in ours]
         cells.append(
             [row["name"], f"{row['median_ms']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['images_per_s']:.1f}"]
-            + [f"{f['median']:.2f}x as fast" if f and not row["ours"] else "" for f in faster]
+            + [
+                f"{f['median']:.2f}x ({f['low']:.2f} to {f['high']:.2f})" if f and not row["ours"] else ""
+                for f in faster
+            ]
         )
     widths = [max(len(row[i]) for row in cells if len(row) > 2) for i in range(len(cells[0]))]
     out = []
@@ -237,10 +270,11 @@ def bench(request: Request) -> int:
         "results": [],
     }
     code = 0
+    busy = load_note()  # before our own work counts
     try:
         crops, state, source = prepare(request)
         document["input"] = source
-        print(describe(request, source), flush=True)
+        print(describe(request, source), *([busy] if busy else []), sep="\n", flush=True)
         good = []
         for mode in request.modes:
             job = make_job(request, mode, crops, state)

@@ -70,21 +70,28 @@ def one_line(error: BaseException, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def _with_result(run: Timer, step: Step) -> tuple[float, Any]:
+    results: list[Any] = []
+    return run(lambda: results.append(step())), results[0]
+
+
 def measure(
     steps: dict[str, Callable[[], Step]],
     rounds: int,
     warmup: int,
     run: Timer,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Callable[[range], Iterable[int]] = iter,
+    check: Callable[[str, Any], None] = lambda name, result: None,
 ) -> tuple[dict[str, Times], bool]:
     """Time every rival `rounds` times, in turn: A B C A B C ...
 
     Args:
         steps: name -> a function that prepares the rival and returns its step. One that fails, there or later, is
             left with the reason, and the rest goes on.
-        rounds, warmup: runs of each rival, timed and before that (the first of which is told apart).
+        rounds, warmup: runs of each rival, timed and (at least one, the first of which is told apart) before that.
         run: runs a step and tells its milliseconds.
         progress: wraps the rounds, warm-up included.
+        check: is called with each rival's name and first result, and raises where that is wrong.
 
     Returns:
         The times, and whether all rounds were done: Ctrl-C ends the measurement and keeps what there is.
@@ -94,22 +101,24 @@ def measure(
     collecting = gc.isenabled()
     gc.disable()
     try:
+        warmup = max(warmup, 1)
         for index in progress(range(warmup + rounds)):
             for name, prepare in steps.items():
                 entry = times[name]
                 if entry.reason is not None:
                     continue
                 try:
-                    if name not in ready:
+                    if index == 0:
                         ready[name] = prepare()
+                        entry.first_ms, result = _with_result(run, ready[name])
+                        check(name, result)
+                        continue
                     ms = run(ready[name])
                 except Exception as error:
                     entry.reason = one_line(error)
                     entry.ms = []
                     ready.pop(name, None)
                     continue
-                if index == 0:
-                    entry.first_ms = ms
                 if index >= warmup:
                     entry.ms.append(ms)
             gc.collect()

@@ -37,8 +37,8 @@ def open_image(path: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return image.convert("RGB")
+            with Image.open(path) as file:
+                image = file.convert("RGB")
     except UnidentifiedImageError as error:
         raise RequestError(f"{path} is not an image that pillow can read") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -48,6 +48,9 @@ def open_image(path: str | Path) -> Any:
         raise RequestError(f"{path} cannot be read: {reason}") from error
     except Exception as error:  # pillow's decoders raise many types on damaged files
         raise RequestError(f"{path} cannot be read as an image: {error}") from error
+    if max(image.size) > 64 * min(image.size):
+        raise RequestError(f"{path} is too narrow to be a photograph: {image.width} x {image.height} pixels")
+    return image
 
 
 def bundled() -> dict[str, Any]:

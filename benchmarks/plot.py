@@ -40,7 +40,7 @@ def _panel(axes: Any, result: dict[str, Any]) -> None:
         axes.annotate(note, (max(rate, fast), index), (6, 0), textcoords="offset points", va="center", color=INK)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.45 * max(row["images_per_s"] for row in rows))
+    axes.set_xlim(0, 1.5 * max(result["batch"] / row["quartiles_ms"][0] * 1e3 for row in rows))
     axes.set_xlabel(f"images per second (median and quartiles of {len(rows[0]['runs_ms'])} runs)")
     axes.set_title(f"{WHAT[result['mode']]}, batch {result['batch']}" + ("" if result["complete"] else " (incomplete)"))
     axes.spines[["top", "right"]].set_visible(False)

@@ -89,6 +89,14 @@ class Rival:
     about: str
     prepare: Callable[[Job], Entry]
 
+    def step_for(self, job: Job) -> Callable[[], Callable[[], Tensor]]:
+        """A function that makes the rival ready and returns its step."""
+        return lambda: self.prepare(job).step(job)
+
+
+class WrongResultError(RuntimeError):
+    """A rival computes something else."""
+
 
 PEERS: dict[str, Rival] = {}
 OURS: dict[str, Rival] = {}

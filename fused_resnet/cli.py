@@ -285,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except dispatch.BackendUnavailableError as error:
         message = str(error)
+    except (MemoryError, torch.OutOfMemoryError):
+        message = "out of memory: try a smaller --batch or --size, or another --model"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit's flush fails too
         return 0
