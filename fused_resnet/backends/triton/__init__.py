@@ -1,0 +1,78 @@
+"""Triton kernels for GPUs. Numerics are proven by Triton's interpreter, compilation ahead of time; see `verified`.
+
+Importing this package imports neither triton nor the kernels; the first call of a primitive does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# primitive -> the module here that has it
+_MODULES = {
+    "add_relu_forward": "add_relu",
+    "add_relu_backward": "add_relu",
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (3, 6)
+_LEAST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _installed() -> str | None:
+    """None where a triton that is new enough can be imported, else the reason."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        try:  # ROCm and XPU builds of torch name theirs otherwise
+            version = importlib.import_module("triton").__version__
+        except Exception:
+            return "triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        return f"triton {version} is older than {'.'.join(map(str, _OLDEST))}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether this process interprets kernels on the CPU (TRITON_INTERPRET=1) instead of compiling them."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def unavailable(device_type: str) -> str | None:
+    reason = _installed()
+    if reason is not None:
+        return reason
+    if device_type == "cpu":
+        return None if interpreted() else "it needs a GPU"
+    if device_type != "cuda":
+        return f"no kernels for device {device_type}"
+    if interpreted():
+        return "TRITON_INTERPRET=1 is set"
+    if not torch.cuda.is_available():
+        return "no GPU is available"
+    if torch.version.cuda and torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
+        return f"the GPU is older than compute capability {'.'.join(map(str, _LEAST_CAPABILITY))}"
+    return None
+
+
+def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
+    if x.dtype not in _DTYPES:
+        return f"no kernels for {x.dtype}"
+    module = importlib.import_module(f"{__name__}.{_MODULES[primitive]}")
+    special = getattr(module, "supports", None)
+    return None if special is None else special(primitive, x, *args)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES or _installed() is not None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = function
+    return function

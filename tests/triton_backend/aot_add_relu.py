@@ -1,0 +1,28 @@
+"""What is compiled of add_relu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from aot import Case
+from harness import DTYPES
+
+from fused_resnet.backends.triton import add_relu, configs
+
+
+def cases(full: bool) -> Iterator[Case]:
+    for dtype in DTYPES:
+        x = torch.empty((2, 64, 56, 56), dtype=dtype)
+        for name, function in (
+            (add_relu.FORWARD, add_relu.add_relu_forward),
+            (add_relu.BACKWARD, add_relu.add_relu_backward),
+        ):
+            found = configs.candidates(name, (x.element_size(),), configs.target(x)) if full else [{}]
+            for index, config in enumerate(found):
+                yield Case(
+                    f"{name}-{dtype}-{index}",
+                    lambda x=x, function=function: function(x, x),
+                    {name: config} if config else {},
+                    vector=(f"{name}_kernel",),
+                )
