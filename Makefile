@@ -43,10 +43,10 @@ wheel: $(STAMPS)/python ## one abi3 wheel in dist/
 	@ls dist/*-cp310-abi3-*.whl
 
 test-install: $(STAMPS)/test ## installs in fresh environments, each another way
-	$(BIN)/python -m pytest --noconftest -o addopts= -s tests/install/test_install.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --noconftest -o addopts= -v -s tests/install/test_install.py $(PYTEST_ARGS)
 
 test-abi: $(STAMPS)/test wheel ## the wheel under other versions of torch, no compiler at hand
-	$(BIN)/python -m pytest --noconftest -o addopts= -s tests/install/test_abi.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --noconftest -o addopts= -v -s tests/install/test_abi.py $(PYTEST_ARGS)
 
 clean: ## what was built and cached; not $(VENV)
 	rm -rf build dist *.egg-info fused_resnet/_C*.so fused_resnet/_build_info.json $(STAMPS)

@@ -103,7 +103,7 @@ class BuildExt(Base):
                     super().build_extensions()
         except Exception as error:  # no compiler, or a source that does not compile
             errors = [line for line in output if re.search(r"\berror:|not found|No such file", line)]
-            self.reason = "\n".join(errors[:5] or [str(error)]).replace(f"{ROOT}/", "")[:1000]
+            self.reason = "\n".join(list(dict.fromkeys(errors))[:5] or [str(error)]).replace(f"{ROOT}/", "")[:1000]
         if self.reason:
             print(f"fused_resnet: no extension: {self.reason}")
             self.extensions = self.distribution.ext_modules = []
@@ -133,10 +133,7 @@ class BdistWheel(bdist_wheel):
 
 make_extension = cpp_extension.CppExtension if cpp_extension else Extension
 setup(
-    packages=[
-        *find_packages(include=["fused_resnet", "fused_resnet.*"]),
-        *(["fused_resnet.benchmarks"] if (ROOT / "benchmarks").is_dir() else []),
-    ],
+    packages=[*find_packages(include=["fused_resnet", "fused_resnet.*"]), "fused_resnet.benchmarks"],
     package_dir={"fused_resnet.benchmarks": "benchmarks"},
     ext_modules=[
         make_extension(
