@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.util
@@ -120,6 +121,17 @@ def _clean_state() -> Iterator[None]:
     assert torch.is_grad_enabled()
     assert not torch.is_autocast_enabled("cpu")
     assert torch.get_num_threads() == threads
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """A `with` block in which torch uses `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _junk_fill_flag() -> ctypes.c_bool | None:

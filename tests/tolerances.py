@@ -9,11 +9,11 @@ the dtype at hand. A fused kernel may round in other places than torch, so it ge
 hand-picked tolerance that a wrong kernel could hide in. `tiny` covers the channels where torch was lucky (few elements,
 all of which happened to round well) and float64, where `exact` itself carries an error of this size:
 
-    tiny = eps(dtype) |exact| + 8 eps(accumulation type) scale
+    tiny = eps(dtype) |exact| + 4 eps(accumulation type) scale
 
 eps(dtype) |exact| is two roundings of the result to its storage type. `scale` is the size of what was added up on the
-way (several times |exact| where terms cancel): 8 units in its last place allow for the order of a sum, the roundings
-of mean, variance and rsqrt, and are 1e-6 of it in float32. Per channel, because channels differ in size by orders of
+way (several times |exact| where terms cancel): 4 units in its last place allow for the order of a sum and the roundings
+of mean, variance and rsqrt; they are 5e-7 of it in float32. Per channel, because channels differ in size by orders of
 magnitude, and a wrong small one must not hide behind a large one. The max-norm, because one wrong element is a bug.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 FACTOR = 2.0
 STORAGE_ULPS = 1.0
-ACCUMULATION_ULPS = 8.0
+ACCUMULATION_ULPS = 4.0
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -113,3 +113,51 @@ def doubled(t: Tensor | None, *, leaf: bool = False) -> Tensor | None:
         return None
     t = t.detach().double().clone()
     return t.requires_grad_() if leaf else t
+
+
+def arrange(t: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout.
+
+    "nchw"; "channels_last" (5-d: channels_last_3d; 2-d and 3-d: the channel is innermost, for which torch has no name);
+    "sliced": every other element of a larger NCHW tensor's last dimension; "sliced_channels": a part of the channels of
+    a channels_last tensor; "transposed": the first dimension innermost.
+    """
+    if layout == "nchw":
+        return t.contiguous()
+    if layout == "channels_last":
+        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "sliced":
+        larger = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), 1e4)
+        larger[..., 1::2] = t
+        return larger[..., 1::2]
+    if layout == "sliced_channels":
+        larger = torch.full_like(t, 1e4).repeat_interleave(2, 1).movedim(1, -1).contiguous().movedim(-1, 1)
+        larger[:, : t.shape[1]] = t
+        return larger[:, : t.shape[1]]
+    if layout == "transposed":
+        return t.movedim(0, -1).contiguous().movedim(-1, 0)
+    raise AssertionError(layout)
+
+
+LAYOUTS = ("nchw", "channels_last", "sliced", "sliced_channels", "transposed")
+
+
+def memory_format(t: Tensor) -> torch.memory_format:
+    """Of a result: channels_last where the tensor is that and not also NCHW."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    if last is not None and t.is_contiguous(memory_format=last) and not t.is_contiguous():
+        return last
+    return torch.contiguous_format
+
+
+def equal_specials(ours: Tensor, plain: Tensor) -> bool:
+    """NaN and Inf (with its sign) at the same places."""
+    return (
+        torch.equal(ours.isnan(), plain.isnan())
+        and torch.equal(ours == torch.inf, plain == torch.inf)
+        and (torch.equal(ours == -torch.inf, plain == -torch.inf))
+    )
+
+
+def storages(*tensors: Tensor) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors}

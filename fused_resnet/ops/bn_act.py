@@ -18,6 +18,7 @@ from fused_resnet.ops.checks import (
     check_activation,
     check_channels,
     check_input,
+    check_momentum,
     check_shape,
     dense,
     is_autocast,
@@ -86,6 +87,7 @@ def bn_act(
         check_input("bn_act", "residual", residual, like=x)
         check_shape("bn_act", "residual", residual, x.shape)
     if training:
+        check_momentum("bn_act", momentum, x)
         # torch's own sentences
         if x.shape[0] * math.prod(x.shape[2:]) == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

@@ -53,6 +53,15 @@ def check_channels(op: str, x: Tensor, channels: int, vectors: Iterable[tuple[st
             raise TypeError(f"{op}: {name} is {vector.dtype}, expected {x.dtype} (or float32 beside a 16-bit input)")
 
 
+def check_momentum(op: str, momentum: Any, x: Tensor) -> None:
+    if isinstance(momentum, Tensor):
+        if momentum.dim() != 0 or momentum.device != x.device:
+            got = f"shape {tuple(momentum.shape)} on {momentum.device}"
+            raise ValueError(f"{op}: momentum must be a float or a 0-d tensor on {x.device}, got {got}")
+    elif not isinstance(momentum, (int, float, torch.SymFloat)):
+        raise TypeError(f"{op}: momentum must be a float or a 0-d tensor, got {type(momentum).__name__}")
+
+
 def pair(op: str, name: str, value: Any, least: int) -> tuple[int, int]:
     """An int or a pair of ints, each at least `least`, as a pair."""
     two = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
