@@ -161,3 +161,34 @@ def equal_specials(ours: Tensor, plain: Tensor) -> bool:
 
 def storages(*tensors: Tensor) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def exact_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """conv2d in float64 as a sum over the kernel's taps, differentiable by autograd."""
+    batch, _, height, width = x.shape
+    outputs, inputs, rows, cols = weight.shape
+    out_h = (height + 2 * padding[0] - dilation[0] * (rows - 1) - 1) // stride[0] + 1
+    out_w = (width + 2 * padding[1] - dilation[1] * (cols - 1) - 1) // stride[1] + 1
+    padded = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    padded = padded.unflatten(1, (groups, inputs))
+    taps = weight.unflatten(0, (groups, outputs // groups))
+    y = x.new_zeros(batch, groups, outputs // groups, out_h, out_w)
+    for r in range(rows):
+        for c in range(cols):
+            top, left = r * dilation[0], c * dilation[1]
+            window = padded[
+                ...,
+                top : top + (out_h - 1) * stride[0] + 1 : stride[0],
+                left : left + (out_w - 1) * stride[1] + 1 : stride[1],
+            ]
+            y = y + torch.einsum("ngchw,gkc->ngkhw", window, taps[..., r, c])
+    y = y.flatten(1, 2)
+    return y if bias is None else y + columns(bias, y)

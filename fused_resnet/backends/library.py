@@ -85,10 +85,13 @@ def conv_bias_act_forward(
     conv = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
         return conv(x, weight, bias, padding, stride, dilation, groups, activation or "none", [], "")
-    args: tuple[Any, ...] = (weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], None)
-    if groups > 1 and x.dtype != torch.float32:  # the out-of-place form asserts in bf16
-        return torch.ops.mkldnn._convolution_pointwise_.binary(residual.clone(), x, *args)
-    return conv.binary(x, residual, *args)
+    args: tuple[Any, ...] = (weight, bias, padding, stride, dilation, groups, "add", 1.0)
+    if x.dtype != torch.float32 and activation is not None:  # torch fuses less here, and its fallback lacks 16 bits
+        if x.is_contiguous():
+            return conv.binary(x, residual, *args, None, [], None).relu_()
+        if groups > 1:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(residual.clone(), x, *args, activation, [], None)
+    return conv.binary(x, residual, *args, activation, [], None)
 
 
 def conv_bn_act_forward(

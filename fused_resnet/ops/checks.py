@@ -19,8 +19,8 @@ def check_activation(op: str, activation: Any) -> None:
         raise ValueError(f"{op}: activation must be 'relu' or None, got {activation!r}")
 
 
-def check_input(op: str, name: str, x: Any, like: Tensor | None = None) -> None:
-    """x is a floating-point tensor; on the device and of the dtype of `like`, where that is given."""
+def check_input(op: str, name: str, x: Any, like: Tensor | None = None, *, any_dtype: bool = False) -> None:
+    """x is a strided floating-point tensor; on the device and (unless any will do) of the dtype of `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -30,7 +30,7 @@ def check_input(op: str, name: str, x: Any, like: Tensor | None = None) -> None:
     if like is not None:
         if x.device != like.device:
             raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device} as the input")
-        if x.dtype != like.dtype:
+        if x.dtype != like.dtype and not any_dtype:
             raise TypeError(f"{op}: {name} is {x.dtype}, expected {like.dtype} as the input (no type promotion)")
 
 

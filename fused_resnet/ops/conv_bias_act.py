@@ -13,7 +13,6 @@ from fused_resnet.ops.add_relu import add_relu
 from fused_resnet.ops.checks import (
     autocast_dtype,
     check_activation,
-    check_channels,
     check_input,
     check_shape,
     dense,
@@ -42,8 +41,8 @@ def conv_bias_act(
 
     Args:
         x: (N, C, H, W); float16, bfloat16, float32 or float64; NCHW or channels_last, any strides.
-        weight: (K, C / groups, R, S), x's dtype and device (under autocast any; see `torch.autocast`).
-        bias: (K,) or None.
+        weight: (K, C / groups, R, S), x's dtype (under autocast any; see `torch.autocast`) and device.
+        bias: (K,) of the weight's dtype and device, or None.
         residual: the output's shape, dtype and device, any strides. No broadcasting.
         stride, padding, dilation: an int or a pair (height, width); zero padding.
         groups: as torch.nn.functional.conv2d.
@@ -60,11 +59,8 @@ def conv_bias_act(
     check_activation("conv_bias_act", activation)
     conv, out_shape = check_conv("conv_bias_act", x, weight, bias, stride, padding, dilation, groups)
     dtype = autocast_dtype(x)
-    if dtype is None:
-        check_input("conv_bias_act", "weight", weight, like=x)
-        check_channels("conv_bias_act", x, weight.shape[0], (("bias", bias),))
     if residual is not None:
-        check_input("conv_bias_act", "residual", residual, like=None if dtype else x)
+        check_input("conv_bias_act", "residual", residual, like=x, any_dtype=dtype is not None)
         check_shape("conv_bias_act", "residual", residual, out_shape)
     if needs_grad(x, weight, bias, residual) or (residual is not None and dtype not in (None, residual.dtype)):
         y = F.conv2d(x, weight, bias, *conv)
@@ -83,16 +79,17 @@ def conv_bias_act(
 def check_conv(
     op: str, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> tuple[tuple[tuple[int, int], tuple[int, int], tuple[int, int], int], tuple[int, int, int, int]]:
-    """((stride, padding, dilation, groups), output shape) of a 2-d convolution, its shapes checked."""
+    """((stride, padding, dilation, groups), output shape) of a 2-d convolution, its tensors and options checked."""
     check_input(op, "x", x)
-    check_input(op, "weight", weight)
+    any_dtype = autocast_dtype(x) is not None
+    check_input(op, "weight", weight, like=x, any_dtype=any_dtype)
     if x.dim() != 4 or weight.dim() != 4:
         raise ValueError(
             f"{op}: x must be (N, C, H, W) and weight (K, C / groups, R, S), "
             f"got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if weight.device != x.device:
-        raise ValueError(f"{op}: weight is on {weight.device}, expected {x.device} as the input")
+    if weight.numel() == 0:
+        raise ValueError(f"{op}: weight is empty, got shape {tuple(weight.shape)}")
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"{op}: groups must be a positive int, got {groups!r}")
     if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
@@ -101,6 +98,7 @@ def check_conv(
             f"and the weight's first size must divide by groups, got x {tuple(x.shape)}"
         )
     if bias is not None:
+        check_input(op, "bias", bias, like=x, any_dtype=any_dtype)
         check_shape(op, "bias", bias, (weight.shape[0],))
     strides, pads, dils = (
         pair(op, "stride", stride, 1),

@@ -66,10 +66,9 @@ def conv_bn_act(
     dtype = autocast_dtype(x)
     vectors = (("gamma", gamma), ("beta", beta), ("running_mean", running_mean), ("running_var", running_var))
     if dtype is None:
-        check_input("conv_bn_act", "weight", weight, like=x)
-        check_channels("conv_bn_act", x, weight.shape[0], (*vectors, ("bias", bias)))
+        check_channels("conv_bn_act", x, weight.shape[0], vectors)
     if residual is not None:
-        check_input("conv_bn_act", "residual", residual, like=None if dtype else x)
+        check_input("conv_bn_act", "residual", residual, like=x, any_dtype=dtype is not None)
         check_shape("conv_bn_act", "residual", residual, out_shape)
     if (
         training
