@@ -12,7 +12,7 @@ from torch.fx import Proxy, Tracer
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_resnet import dispatch, ops
-from fused_resnet.folding import FoldCache, fold
+from fused_resnet.folding import FoldCache, accumulate_dtype, fold
 from fused_resnet.ops.checks import (
     autocast_dtype,
     check_activation,
@@ -70,7 +70,8 @@ def _batch_momentum(bn: nn.BatchNorm2d) -> float | Tensor:
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
-            return bn.num_batches_tracked.float().reciprocal()
+            dtype = torch.float32 if bn.running_mean is None else accumulate_dtype(bn.running_mean.dtype)
+            return bn.num_batches_tracked.to(dtype).reciprocal()
     return 0.0 if bn.momentum is None else bn.momentum
 
 
