@@ -10,9 +10,9 @@ I, O, W are the elements of a conv's input, output and weight, X and O3 those of
     bn_act     BN+ReLU 3O, block end 4 O3, the projection's statistics O; backward 2O + 3O, block end 3 O3 + 4 O3, and X
                more in conv1's dgrad
     hybrid     as prologue for 1x1 convs, as bn_act for the others, whose rectified input is formed in passes of its own
-    prologue   conv I+O+W, block end 3 O3 (4 with a projection); backward block end 4 O3 (5), dgrad 2O+W+2I, wgrad 2O+I+W
-    gram       prologue for all but the last conv; K reads O2 (the projection: what it reads of x); conv3 O2 + shortcut +
-               O3; backward mask 3 O3, Q O3+O2, da2 O3 + 2 O2; a fourth more FLOPs of conv3
+    prologue   conv I+O+W, block end 3 O3; backward block end 4 O3 (5 with a projection), dgrad 2O+W+2I, wgrad 2O+I+W
+    gram       prologue for all but the last conv; K reads O2 (the projection: what it reads of x); conv3 O2 + O3 and
+               the shortcut; backward mask 3 O3, Q O3+O2, da2 O3 + 2 O2; a fourth more FLOPs of conv3
     gram_mask  gram, the block-end mask applied in the next block's first dgrad: X more there, no mask pass
     unfused    inference: conv I+O+W, BN 2O, ReLU 2O, add 3O
     inference  conv I+O+W (+ residual), all else in its epilogue
@@ -357,9 +357,8 @@ def layer_table(net: Network, scheme: str, batch: int, itemsize: int, bandwidth:
         intensity = flops / moved if moved else 0.0
         lines.append(f"{name:<{width}}  {moved / 1e6:9.2f}  {flops / 1e9:9.2f}  {intensity:7.1f}  {ms:9.4f}  {bound}")
     total = inner + sum(floor_ms(b, f, bandwidth, rate) for _, b, f in outer)
-    lines.append(
-        f"floor {total:.3f} ms, {1e3 * batch / total:,.0f} images/s; outside the blocks {100 * (1 - inner / total):.1f}%"
-    )
+    outside = 100 * (1 - inner / total)
+    lines.append(f"floor {total:.3f} ms, {1e3 * batch / total:,.0f} images/s; outside the blocks {outside:.1f}%")
     return "\n".join(lines)
 
 

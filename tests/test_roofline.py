@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fused_resnet.benchmarks import roofline
 
 import fused_resnet as fr
-from fused_resnet.benchmarks import roofline
 
 H100, H200 = (3.0e12, 798e12), (4.3e12, 785e12)
 
