@@ -22,6 +22,8 @@ from fused_resnet.ops.checks import (
     needs_grad,
 )
 from fused_resnet.ops.conv_bias_act import conv_layout, conv_output_shape
+from fused_resnet.ops.residual_block import Unit, residual_block
+from fused_resnet.plans import plan_block
 
 Units = dict[str, tuple[nn.Module, nn.Module, nn.Module | None]]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -321,10 +323,30 @@ class AddReLU(nn.Module):
         return ops.add_relu(x, residual)
 
 
+def _unit(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Unit:
+    running_mean, running_var = _running(bn)
+    stride, padding, dilation = cast("Any", (conv.stride, conv.padding, conv.dilation))
+    return Unit(
+        weight=conv.weight,
+        gamma=bn.weight,
+        beta=bn.bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=conv.groups,
+        momentum=_batch_momentum(bn),
+        eps=bn.eps,
+        training=_uses_batch_statistics(bn),
+    )
+
+
 class _Block(FusedModule):
     """A residual block: units in a row, the last one adding the shortcut. Subclasses name them in `_UNITS`."""
 
     expansion = 1
+    memory = "balanced"  # or "low", "fast": see `ResNet`
     _UNITS: tuple[tuple[str, str], ...]
     downsample: nn.Module | None
     relu: nn.Module
@@ -355,6 +377,8 @@ class _Block(FusedModule):
         """(N, C, H, W) to (N, planes * expansion, H', W'), channels_last where x is."""
         if isinstance(x, Proxy):
             return _as_leaf(self, x)
+        if self._runs_whole(x):
+            return self._whole(x)
         if self.downsample is None:
             shortcut = x
         elif self._projection():
@@ -365,6 +389,24 @@ class _Block(FusedModule):
         for conv, bn in first:
             x = self._conv_bn_act(conv, x, getattr(self, conv), getattr(self, bn), self.relu)
         return self._conv_bn_act(last_conv, x, getattr(self, last_conv), getattr(self, last_bn), self.relu, shortcut)
+
+    def _runs_whole(self, x: Tensor) -> bool:
+        """Whether the block runs as one op: where gradients are taken of channels_last tensors, and nothing is odd."""
+        if self.memory == "fast" or not needs_grad(x, *self.parameters()) or is_traced(x) or not is_channels_last(x):
+            return False
+        if self.unfused() or not dispatch.is_fused("bn_act", x.device.type):
+            return False
+        convs = [cast(nn.Conv2d, conv) for conv, _, _ in self.units().values()]
+        dtype = x.dtype if autocast_dtype(x) is None else convs[0].weight.dtype
+        return all(
+            conv.bias is None and conv.weight.dtype == dtype and conv.weight.device == x.device for conv in convs
+        )
+
+    def _whole(self, x: Tensor) -> Tensor:
+        units = {name: _unit(cast(nn.Conv2d, c), cast(nn.BatchNorm2d, b)) for name, (c, b, _) in self.units().items()}
+        projection = units.pop("downsample", None)
+        main = tuple(units.values())
+        return residual_block(x, main, projection, plan_block(x, main, projection, self.memory))
 
 
 class BasicBlock(_Block):

@@ -17,6 +17,7 @@ from torch.fx import Proxy
 from fused_resnet import dispatch
 from fused_resnet.models.weights import load_weights
 from fused_resnet.modules import BasicBlock, Bottleneck, FusedModule, Units, call_reason
+from fused_resnet.plans import MEMORY
 
 
 class ResNet(FusedModule):
@@ -31,6 +32,9 @@ class ResNet(FusedModule):
         replace_stride_with_dilation: for stages 2 to 4, whether a dilation takes the stride's place.
         norm_layer: called with a number of channels; anything but nn.BatchNorm2d runs unfused.
         in_channels: channels of the input images.
+        memory: what training keeps for the backward pass. "balanced": block inputs and raw conv outputs, those of the
+            last conv of bottlenecks only where that is faster. "low": block inputs and statistics; the convs are
+            computed again. "fast": the rectified outputs as well. The results are the same but for rounding.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class ResNet(FusedModule):
         norm_layer: Callable[..., nn.Module] | None = None,
         *,
         in_channels: int = 3,
+        memory: str = "balanced",
     ) -> None:
         super().__init__()
         dilate = tuple(replace_stride_with_dilation or (False, False, False))
@@ -52,6 +57,8 @@ class ResNet(FusedModule):
             raise ValueError(f"replace_stride_with_dilation must be None or three bools, got {dilate}")
         if len(layers) != 4:
             raise ValueError(f"layers must be four numbers of blocks, got {layers!r}")
+        if memory not in MEMORY:
+            raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self.inplanes = 64
         self.dilation = 1
@@ -68,6 +75,9 @@ class ResNet(FusedModule):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
         self._initialise(zero_init_residual)
+        for module in self.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                module.memory = memory
 
     def _make_layer(
         self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
@@ -157,7 +167,7 @@ _DOC = """{title}
             state dict, or a state dict. Files are read with weights_only=True.
         progress: show a progress bar while downloading.
         kwargs: as `ResNet`: num_classes, in_channels, zero_init_residual, groups, width_per_group,
-            replace_stride_with_dilation, norm_layer.
+            replace_stride_with_dilation, norm_layer, memory.
 
     Raises:
         ValueError: the weights do not fit the model; the message names both sides.

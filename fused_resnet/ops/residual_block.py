@@ -30,8 +30,6 @@ from fused_resnet import dispatch
 from fused_resnet.folding import accumulate_dtype, fold, update_running_stats
 from fused_resnet.ops.checks import as_layout, autocast_dtype
 
-MEMORY = ("balanced", "low", "fast")
-
 
 class Unit(NamedTuple):
     """A bias-free conv and its BN. `training`: normalise with batch statistics, else with the running ones."""
@@ -61,7 +59,8 @@ class Unit(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a block runs: Gram form (else stored output) for the last conv and for the projection, and what is kept."""
+    """How a block runs: Gram form (else stored output) for the last conv and for the projection, and what is kept for
+    backward: "balanced", raw conv outputs; "low", none of them, they are computed again."""
 
     gram: bool
     gram_projection: bool
@@ -152,26 +151,42 @@ def _again(state: _State, unit: Unit, residual: Tensor | None, activation: str |
     return dispatch.call("bn_act_eval_forward", state.y, *args, backend=backend)
 
 
+_CANCELLED = 1e-3
+
+
 def _gram_forward(
     a: Tensor, unit: Unit, residual: Tensor | None, activation: str | None, backend: str
-) -> tuple[Tensor, _State]:
-    """act(bn(conv(a)) + residual) as one convolution; `a` is what the 1x1 conv reads (already sampled)."""
+) -> tuple[Tensor, _State] | None:
+    """act(bn(conv(a)) + residual) as one convolution; `a` is what the 1x1 conv reads (already sampled).
+
+    None where the variances would lose their digits (rows of W nearly in the null space of K), checked on the CPU.
+    """
     weight = unit.weight.flatten(1).to(accumulate_dtype(a.dtype))
-    mu = moments = None
-    if unit.training:
+    on_cpu = a.device.type == "cpu"
+    if not unit.training:
+        mean, var = unit.running_mean, unit.running_var
+        state = _State(None, mean, var)  # type: ignore[arg-type]
+        folded, shift = fold(unit.weight, None, unit.gamma, unit.beta, mean, var, unit.eps)  # type: ignore[arg-type]
+    else:
         rows = _rows(a)
         mu, moments = dispatch.call("second_moments", rows, backend=backend)
         count = rows.shape[0]
         mean, var = weight @ mu, ((weight @ moments) * weight).sum(1).div_(count).clamp_(min=0)
+        if on_cpu:
+            magnitude = (weight.abs() @ moments.diagonal().clamp(min=0).sqrt()).square_().div_(count)
+            lost = magnitude.mul_(torch.finfo(weight.dtype).eps) > _CANCELLED * (var + unit.eps)
+            if bool(lost.any()):
+                return None
         update_running_stats(unit.running_mean, unit.running_var, mean, var, unit.momentum, count)
-    else:
-        mean, var = unit.running_mean, unit.running_var
-    folded, shift = fold(unit.weight, None, unit.gamma, unit.beta, mean, var, unit.eps)
-    if a.device.type == "cpu" and not bool(torch.isfinite(shift).all()):
+        state = _State(None, mean, var, mu, moments)
+        folded, _ = fold(unit.weight, None, unit.gamma, unit.beta, mean, var, unit.eps)
+        # From the rounded weights, so that their rounding shifts no channel's mean.
+        shift = -(folded.flatten(1).to(weight.dtype) @ mu)
+        shift = (shift if unit.beta is None else shift + unit.beta).to(a.dtype)
+    if on_cpu and not bool(torch.isfinite(shift).all()):
         backend = "reference"  # oneDNN's ReLU would turn NaN into 0 and hide it
     args = (folded, shift, residual, (1, 1), (0, 0), (1, 1), 1, activation)
-    out = dispatch.call("conv_bias_act_forward", a, *args, backend=backend)
-    return out, _State(None, mean, var, mu, moments)
+    return dispatch.call("conv_bias_act_forward", a, *args, backend=backend), state
 
 
 def _gram_backward(g: Tensor, a: Tensor, unit: Unit, state: _State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -212,19 +227,17 @@ def _products(g: Tensor, a: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class ResidualBlockFunction(torch.autograd.Function):
-    """Keeps x, the raw conv outputs, the block's output and small vectors and matrices ("balanced"); with "low" no
-    conv output (they are computed again), with "fast" the rectified ones as well."""
+    """Keeps x, the block's output, the raw conv outputs (not with "low") and small vectors and matrices."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: _Spec, *flat: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            out, states, rectified = _forward(x, spec)
-        if spec.plan.memory == "low":
+            out, states, plan = _forward(x, spec)
+        if plan.memory == "low":
             states = [state._replace(y=None) for state in states]
-        kept = rectified if spec.plan.memory == "fast" else []
         blank: Any = dict.fromkeys(("weight", "gamma", "beta", "running_mean", "running_var"))
-        ctx.spec = spec._replace(units=tuple(u._replace(**blank) for u in spec.units))
-        ctx.save_for_backward(x, out, *flat, *(t for state in states for t in state), *kept)
+        ctx.spec = spec._replace(units=tuple(u._replace(**blank) for u in spec.units), plan=plan)
+        ctx.save_for_backward(x, out, *flat, *(t for state in states for t in state))
         return out
 
     @staticmethod
@@ -240,84 +253,103 @@ class ResidualBlockFunction(torch.autograd.Function):
         size = len(_State._fields)
         states = [_State(*saved[size * i : size * (i + 1)]) for i in range(count)]
         with torch.autocast(x.device.type, enabled=False):
-            dx, grads = _backward(grad, x, out, ctx.spec._replace(units=units), states, saved[size * count :])
+            dx, grads = _backward(grad, x, out, ctx.spec._replace(units=units), states, ctx.needs_input_grad)
         return dx, None, *grads
 
 
-def _forward(x: Tensor, spec: _Spec) -> tuple[Tensor, list[_State], list[Tensor]]:
-    """(out, one state per unit, the rectified tensors between the units)."""
+def _forward(x: Tensor, spec: _Spec) -> tuple[Tensor, list[_State], Plan]:
+    """(out, one state per unit, the plan as it was carried out)."""
     (*first, last), projection = spec.split(spec.units)
     states: list[_State] = []
-    rectified: list[Tensor] = []
     a = x
     for unit in first:
         a, state = _normalised(_conv(a, unit), unit, None, "relu", spec.backend)
         states.append(state)
-        rectified.append(a)
+
+    def run(a: Tensor, unit: Unit, gram: bool, residual: Tensor | None, activation: str | None) -> tuple[Any, bool]:
+        result = _gram_forward(_sampled(a, unit), unit, residual, activation, spec.backend) if gram else None
+        if result is not None:
+            return result, True
+        return _normalised(_conv(a, unit), unit, residual, activation, spec.backend), False
+
+    plan = spec.plan
     shortcut, projected = x, []
     if projection is not None:
-        if spec.plan.gram_projection:
-            shortcut, state = _gram_forward(_sampled(x, projection), projection, None, None, spec.backend)
-        else:
-            shortcut, state = _normalised(_conv(x, projection), projection, None, None, spec.backend)
+        (shortcut, state), gram = run(x, projection, plan.gram_projection, None, None)
+        plan = plan._replace(gram_projection=gram)
         projected = [state]
-    if spec.plan.gram:
-        out, state = _gram_forward(_sampled(a, last), last, shortcut, "relu", spec.backend)
-    else:
-        out, state = _normalised(_conv(a, last), last, shortcut, "relu", spec.backend)
-    return out, [*states, state, *projected], rectified
+    (out, state), gram = run(a, last, plan.gram, shortcut, "relu")
+    return out, [*states, state, *projected], plan._replace(gram=gram)
 
 
 def _backward(
-    grad: Tensor, x: Tensor, out: Tensor, spec: _Spec, states: list[_State], rectified: list[Tensor]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """(dx, [dW, dgamma, dbeta of each unit])."""
-    (*first, last), projection = spec.split(spec.units)
-    (*first_states, last_state), projected = spec.split(states)
+    grad: Tensor, x: Tensor, out: Tensor, spec: _Spec, states: list[_State], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(dx, [dW, dgamma, dbeta of each unit]); `needed` tells for x, the spec and each parameter what is asked for."""
+    needs_x, needs_weight = needed[0], needed[2::3]
+    main = len(spec.units) - spec.projected
+    last = main - 1
+    grads: list[Any] = [None] * len(spec.units)
+
     inputs = [x]  # what each unit of the main path reads
-    for i, unit in enumerate(first):
-        state = first_states[i]
-        if state.y is None:
-            state = first_states[i] = state._replace(y=_conv(inputs[-1], unit))
-        a = rectified[i] if rectified else _again(state, unit, None, "relu", spec.backend)
-        inputs.append(a)
+    for unit, i in zip(spec.units[:last], range(last), strict=True):
+        states[i] = _with_output(states[i], unit, inputs[-1])
+        inputs.append(_again(states[i], unit, None, "relu", spec.backend))
+
+    def through_conv(dy: Tensor, a: Tensor, i: int, needs_input: bool) -> tuple[Tensor | None, Tensor | None]:
+        stride, padding, dilation, groups = spec.units[i].geometry
+        mask = [needs_input, needs_weight[i], False]
+        weight = spec.units[i].weight
+        return torch.ops.aten.convolution_backward(
+            dy, a, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )[:2]
+
+    def through_unit(da: Tensor, i: int, activation: str | None) -> Tensor | None:
+        a = inputs[i] if i < main else x
+        state = _with_output(states[i], spec.units[i], a)
+        dy, dgamma, dbeta, _ = _bn_backward(
+            as_layout(da, state.y), None, spec.units[i], state, activation, False, spec.backend
+        )
+        previous, dweight = through_conv(dy, a, i, needs_x or 0 < i < main)
+        grads[i] = [dweight, dgamma, dbeta]
+        return previous
 
     grad = as_layout(grad, out)
+    unit = spec.units[last]
+    da: Tensor | None
     if spec.plan.gram:
         g = dispatch.call("add_relu_backward", grad, out, backend=spec.backend)
-        da, *grads = _gram_backward(g, _sampled(inputs[-1], last), last, last_state)
-        da = _spread(da, inputs[-1], last)
+        da, *grads[last] = _gram_backward(g, _sampled(inputs[last], unit), unit, states[last])
+        da = _spread(da, inputs[last], unit)
     else:
-        if last_state.y is None:
-            last_state = last_state._replace(y=_conv(inputs[-1], last))
-        dy, dgamma, dbeta, g = _bn_backward(grad, out, last, last_state, "relu", True, spec.backend)
-        da, dweight = _conv_backward(dy, inputs[-1], last)
-        grads = [dweight, dgamma, dbeta]
-    collected = [grads]
-    for unit, state, a in zip(reversed(first), reversed(first_states), reversed(inputs[:-1]), strict=True):
-        dy, dgamma, dbeta, _ = _bn_backward(as_layout(da, state.y), None, unit, state, "relu", False, spec.backend)
-        da, dweight = _conv_backward(dy, a, unit)
-        collected.insert(0, [dweight, dgamma, dbeta])
+        state = _with_output(states[last], unit, inputs[last])
+        dy, dgamma, dbeta, g = _bn_backward(grad, out, unit, state, "relu", True, spec.backend)
+        da, dweight = through_conv(dy, inputs[last], last, True)
+        grads[last] = [dweight, dgamma, dbeta]
+    for i in reversed(range(last)):
+        da = through_unit(da, i, "relu")  # type: ignore[arg-type]
 
-    if projection is None:
-        da += g
-    elif spec.plan.gram_projection:
-        dx, *grads = _gram_backward(g, _sampled(x, projection), projection, projected)
-        da[:, :, :: projection.stride[0], :: projection.stride[1]] += dx
-        collected.append(grads)
-    else:
-        if projected.y is None:
-            projected = projected._replace(y=_conv(x, projection))
-        dy, dgamma, dbeta, _ = _bn_backward(g, None, projection, projected, None, False, spec.backend)
-        dx, dweight = _conv_backward(dy, x, projection)
-        da += dx
-        collected.append([dweight, dgamma, dbeta])
+    shortcut: Tensor | None = g
+    if spec.projected:
+        unit = spec.units[main]
+        if spec.plan.gram_projection:
+            shortcut, *grads[main] = _gram_backward(g, _sampled(x, unit), unit, states[main])
+            shortcut = _spread(shortcut, x, unit)
+        else:
+            shortcut = through_unit(g, main, None)
+    if da is not None and shortcut is not None:
+        da += shortcut
 
     flat: list[Tensor | None] = []
-    for unit, values in zip(spec.units, collected, strict=True):
+    for unit, values in zip(spec.units, grads, strict=True):
         for parameter, value in zip((unit.weight, unit.gamma, unit.beta), values, strict=True):
-            flat.append(None if parameter is None else value.to(parameter.dtype))
-    return da, flat
+            flat.append(None if parameter is None or value is None else value.to(parameter.dtype))
+    return da if needs_x else None, flat
+
+
+def _with_output(state: _State, unit: Unit, a: Tensor) -> _State:
+    """The state with the unit's raw output, computed again where it was not kept."""
+    return state if state.y is not None else state._replace(y=_conv(a, unit))
 
 
 def _bn_backward(
@@ -325,14 +357,6 @@ def _bn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     args = (state.y, out, unit.gamma, unit.beta, state.mean, state.var, unit.eps, activation, unit.training, residual)
     return dispatch.call("bn_act_backward", grad, *args, backend=backend)
-
-
-def _conv_backward(dy: Tensor, a: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
-    stride, padding, dilation, groups = unit.geometry
-    da, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, a, unit.weight, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
-    )
-    return da, dweight
 
 
 def _spread(da: Tensor, a: Tensor, unit: Unit) -> Tensor:
