@@ -77,7 +77,7 @@ def _validated(name: str) -> str:
 
 
 def _initial() -> str:
-    name = os.environ.get("FUSED_RESNET_BACKEND", "auto")
+    name = os.environ.get("FUSED_RESNET_BACKEND") or "auto"
     try:
         return _validated(name)
     except ValueError as error:  # importing never fails
