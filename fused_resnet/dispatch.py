@@ -243,13 +243,12 @@ def backend_table() -> BackendTable:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         for op, primitives in OPS.items():
-            order = AUTOMATIC[device][op]
+            order = AUTOMATIC[device].get(op, _ELSEWHERE)
             live = None
             for name in [*order, *(b for b in BACKENDS if b not in order)]:
                 module = _module(name)
                 reason = module.unavailable(device)
-                has = [p for p in primitives if hasattr(module, p)]
-                if reason is None and not has:
+                if reason is None and not any(hasattr(module, p) for p in primitives):
                     reason = "does not implement it"
                 if reason is None and hasattr(module, "switched_off"):
                     reason = module.switched_off(device)
