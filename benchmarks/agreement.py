@@ -139,7 +139,7 @@ def _equally_good(job: Job, x: Tensor) -> Iterator[dict[str, Tensor]]:
     """torch's own step in another layout, and with the input changed by one rounding: what chance does to gradients."""
     for change in (False, True):
         net = job.plain().to(memory_format=torch.channels_last)
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * torch.finfo(x.dtype).eps
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * torch.finfo(job.dtype).eps
         yield _training_step(job, Entry(net, True, net), x + x * noise if change else x)
 
 

@@ -67,14 +67,14 @@ def stages(what: str, total: int) -> Iterator[agreement.Advance]:
 
 def prepare(request: Request, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], str]:
     """(crops, the state dict for all nets, what the input is)."""
+    if request.images:
+        images = [photographs.open_image(path) for path in request.images]
+        names = [Path(path).name for path in request.images]
+    else:
+        found = photographs.bundled()
+        images, names = list(found.values()), list(found)
     with stages("input", 2) as advance:
-        advance("photographs")
-        if request.images:
-            images = [photographs.open_image(path) for path in request.images]
-            names = [Path(path).name for path in request.images]
-        else:
-            found = photographs.bundled()
-            images, names = list(found.values()), list(found)
+        advance("crops of photographs")
         largest = max((request.batch or BATCH[mode]) for mode in request.modes)
         crops = photographs.crops(images, max(agreement.CROPS, min(largest, 512)), request.size, seed)
         advance("batch norm's statistics")
@@ -135,9 +135,9 @@ def recorded_backends() -> Iterator[dict[str, set[str]]]:
 
     def recording(primitive: str, *args: Any, **kwargs: Any) -> dispatch.Choice:
         choice = choose(primitive, *args, **kwargs)
-        op = max((op for op in dispatch.OPS if primitive.startswith(op)), key=len)
+        op = {name: op for op, names in dispatch.OPS.items() for name in names}
         why = "; ".join(f"not {name}: {reason}" for name, reason in choice.skipped)
-        seen.setdefault(op, set()).add(f"{choice.backend} ({why})" if why else choice.backend)
+        seen.setdefault(op.get(primitive, primitive), set()).add(f"{choice.backend} ({why})" if why else choice.backend)
         return choice
 
     dispatch.choose = recording
@@ -145,6 +145,13 @@ def recorded_backends() -> Iterator[dict[str, set[str]]]:
         yield seen
     finally:
         dispatch.choose = choose
+
+
+def why_unfused(job: Job) -> str:
+    """Why no backend of ours serves this kind of job."""
+    op, device = "bn_act" if job.mode == "train" else "conv_bn_act", job.x.device.type
+    rows = [row for row in dispatch.backend_table() if (row.op, row.device, row.live) == (op, device, False)]
+    return "; ".join(f"{row.backend}: {row.note}" for row in rows if row.backend != "reference")
 
 
 def watched(one: Rival, job: Job, backends: dict[str, list[str]]) -> harness.Step:
@@ -160,7 +167,9 @@ def watched(one: Rival, job: Job, backends: dict[str, list[str]]) -> harness.Ste
             result = step()
         unfused = unfused_units(entry.model) if entry.model is not None else []
         backends[name] = [f"{op}: {', '.join(sorted(names))}" for op, names in sorted(seen.items())]
-        backends[name] += [f"no fused op ({unit}: {reason})" for unit, reason in unfused]
+        backends[name] += [f"torch's own modules in {unit}: {reason}" for unit, reason in unfused]
+        if not seen:
+            backends[name].append(f"torch's own modules throughout: {why_unfused(job)}")
         return result
 
     return run

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
@@ -83,8 +85,12 @@ def _gpus() -> list[dict[str, Any]]:
 def _extensions_elsewhere() -> list[str]:
     """Folders of other installs of this package that hold an extension; the imported tree shadows them."""
     found = set()
-    for entry in sys.path:
-        folder = Path(entry or ".").resolve() / "fused_resnet"
+    places = [Path(entry or ".") for entry in sys.path]
+    for distribution in importlib.metadata.distributions(name="fused_resnet"):  # editable installs are not on sys.path
+        url = json.loads(distribution.read_text("direct_url.json") or "{}").get("url", "")
+        if url.startswith("file://"):
+            places.append(Path(url2pathname(urlsplit(url).path)))
+    for folder in (place.resolve() / "fused_resnet" for place in places):
         if folder != PACKAGE and any(path.suffix in (".so", ".pyd") for path in folder.glob("_C.*")):
             found.add(str(folder))
     return sorted(found)
@@ -109,7 +115,12 @@ def environment() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
         "gpus": _gpus(),
-        "extension": {"loaded": missing is None, "reason": missing, "build": cpp.build_info()},
+        "extension": {
+            "loaded": missing is None,
+            "reason": missing,
+            "file": getattr(sys.modules.get("fused_resnet._C"), "__file__", None),
+            "build": cpp.build_info(),
+        },
         "requested_backend": dispatch.requested(),
         "backends": [row._asdict() for row in dispatch.backend_table()],
     }
@@ -135,7 +146,10 @@ def info(args: argparse.Namespace) -> int:
     ]
     if not found["gpus"]:
         lines.append(("gpu", "none"))
-    lines.append(("extension", "loaded" if extension["loaded"] else f"not loaded: {extension['reason']}"))
+    loaded = f"loaded from {extension['file']}" if extension["loaded"] else f"not loaded: {extension['reason']}"
+    lines.append(("extension", loaded))
+    if extension["loaded"] and Path(extension["file"] or "").parent.resolve() != PACKAGE:
+        lines.append(("", "which belongs to another install than the package"))
     if build.get("built"):
         lines.append(("", f"built with torch {build.get('torch')}, {build.get('compiler')}"))
         lines.append(("", f"flags {' '.join(build.get('flags') or ())}; CUDA {build.get('cuda') or 'not built'}"))
@@ -145,7 +159,8 @@ def info(args: argparse.Namespace) -> int:
         )
     if found["requested_backend"] != "auto":
         lines.append(("requested", f"{found['requested_backend']} everywhere, by set_backend or FUSED_RESNET_BACKEND"))
-    print("\n".join(f"{name:<14}{text}".rstrip() for name, text in lines))
+    indent = "\n" + 14 * " "
+    print("\n".join(f"{name:<14}{text}".rstrip().replace("\n", indent) for name, text in lines))
     print(f"\n{dispatch.backend_table()}")
     return 0
 
@@ -164,10 +179,6 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    known = load_benchmarks("rivals").PEERS
-    unknown = [name for name in args.peers if name not in known]
-    if unknown:
-        raise load_benchmarks("").RequestError(f"unknown peer {unknown[0]!r}; expected some of {', '.join(known)}")
     found = environment()
     found["device"] = (
         torch.cuda.get_device_name(args.device)
@@ -221,7 +232,12 @@ def _modes(text: str) -> tuple[str, ...]:
 
 
 def _peers(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    known = load_benchmarks("rivals").PEERS
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"unknown peer {name!r}; expected some of {', '.join(known)}")
+    return names
 
 
 def _at_least(least: int) -> Any:
@@ -240,7 +256,7 @@ def _at_least(least: int) -> Any:
 def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="fused-resnet", description="Fused kernels for residual networks.")
     top.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
-    commands = top.add_subparsers(title="commands", required=True, metavar="{info,verify,bench}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="command")
 
     command = commands.add_parser("info", help="versions, devices, per op the live backend and why not the others")
     command.add_argument("--json", action="store_true", help="as JSON")
