@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,12 +61,32 @@ def fold(
     return folded.to(dtype), shift.to(dtype)
 
 
+_unseen_steps = 0
+_watching = False
+
+
+def _count_unseen_step() -> None:
+    global _unseen_steps
+    _unseen_steps += 1
+
+
+# What torch.compiler.disable sets; calling that would import all of torch._dynamo.
+setattr(_count_unseen_step, "_torchdynamo_disable", True)  # noqa: B010
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Count the steps that version counters do not show: torch's with fused=True, and kernels of other packages."""
+    seen = torch.compiler.is_compiling() or type(optimizer).__module__.startswith("torch.optim.")
+    if not seen or any(group.get("fused") for group in optimizer.param_groups):
+        _count_unseen_step()
+
+
 class FoldCache:
     """One unit's folded and packed inference weights, valid while no tensor that they come from has changed.
 
-    Change is seen by storage, shape, strides and version counter: every in-place write through torch counts, a write
-    through `.data`, a raw pointer or by another process does not (call `fused_resnet.refresh`). The cache is in no
-    state dict, pickle or copy.
+    Change is seen by storage, shape, strides, version counter, and the steps of optimizers that bypass the counter:
+    every in-place write through torch counts, a write through `.data`, a raw pointer or by another process does not
+    (call `fused_resnet.refresh`). The cache is in no state dict, pickle or copy.
     """
 
     __slots__ = ("_entry",)
@@ -79,7 +100,7 @@ class FoldCache:
     def get(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...]) -> Any:
         """The value put for these tensors and this key, or None."""
         entry = self._entry
-        if entry is None or entry[0] != key:
+        if entry is None or entry[0] != key or entry[4] != _unseen_steps:
             return None
         for tensor, alias, version in zip(tensors, entry[1], entry[2], strict=True):
             if tensor is None or alias is None:
@@ -91,12 +112,16 @@ class FoldCache:
 
     def put(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], value: Any) -> None:
         """Keep `value`. Inference tensors carry no version counter, so nothing made of them is kept."""
+        global _watching
         if any(t is not None and t.is_inference() for t in tensors):
             return
+        if not _watching:
+            register_optimizer_step_post_hook(_after_optimizer_step)
+            _watching = True
         # The aliases keep each storage alive, so that its address cannot be given to another tensor meanwhile.
         aliases = tuple(None if t is None else t.detach() for t in tensors)
         versions = tuple(0 if t is None else t._version for t in tensors)
-        self._entry = (key, aliases, versions, value)
+        self._entry = (key, aliases, versions, value, _unseen_steps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FoldCache:
         return FoldCache()
