@@ -28,7 +28,7 @@ help: ## this list
 bench: $(STAMPS)/bench $(STAMPS)/extension ## parity, then speed: make bench BENCH_ARGS="--model resnet50"
 	$(BIN)/fused-resnet bench $(BENCH_ARGS)
 
-test: lint $(STAMPS)/extension $(STAMPS)/torchvision ## lint, then the tests: make test PYTEST_ARGS="-k add_relu"
+test: lint $(STAMPS)/extension $(STAMPS)/peers ## lint, then the tests: make test PYTEST_ARGS="-k add_relu"
 	@test "$(FUSED_RESNET_REQUIRE_EXT)" != 1 || $(BIN)/python -c "import torch, fused_resnet._C"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -53,28 +53,36 @@ clean: ## what was built and cached; not $(VENV)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
+# A Python with torch and what builds the extension.
 $(STAMPS)/torch: constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv \
-	    $$($(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && echo --system-site-packages) $(VENV)
-	$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || $(INSTALL) -c constraints.txt torch
+	@echo "$(VENV): torch"
+	@test -x $(BIN)/python || if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
+	    $(PYTHON) -m venv --system-site-packages $(VENV) && $(PIP) uninstall -qqy setuptools; \
+	    else $(PYTHON) -m venv $(VENV); fi
+	@$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || $(INSTALL) -c constraints.txt torch
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/python: $(STAMPS)/torch
-	$(INSTALL) $(CONSTRAINTS) "setuptools>=77"
-	command -v $(BIN)/ninja ninja || $(INSTALL) $(CONSTRAINTS) ninja
+	@$(INSTALL) $(CONSTRAINTS) "setuptools>=77"
+	@command -v $(BIN)/ninja ninja >/dev/null || $(INSTALL) $(CONSTRAINTS) ninja || echo "no ninja: csrc compiles slower"
 	@touch $@
 
 # Compiles what changed in csrc.
 $(STAMPS)/extension: setup.py $(CSRC) $(STAMPS)/python $(if $(wildcard fused_resnet/_C.abi3.so),,FORCE)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@echo "$(VENV): the extension, from csrc"
+	@$(BIN)/python -W ignore setup.py --quiet build_ext --inplace >$(STAMPS)/log 2>&1 || { cat $(STAMPS)/log; exit 1; }
 	@touch $@
 
 # The package itself, editable, with one extra.
 $(STAMPS)/bench $(STAMPS)/test: $(STAMPS)/%: pyproject.toml setup.py constraints.txt $(STAMPS)/python | $(STAMPS)/extension
-	$(INSTALL) $(CONSTRAINTS) --no-build-isolation --editable ".[$*]"
+	@echo "$(VENV): fused_resnet[$*], editable"
+	@$(INSTALL) $(CONSTRAINTS) --no-build-isolation --editable ".[$*]"
 	@touch $@
 
-# The release that goes with this torch: 0.28 with 2.13. Its own dependencies would bring another torch.
-$(STAMPS)/torchvision: $(STAMPS)/test
-	$(INSTALL) $(CONSTRAINTS) --no-deps "torchvision==$$($(BIN)/python -c '$(TORCH); print(f"0.{torch[1] + 15}.*")')"
+# For tests, what goes with this torch but may not choose another: torchvision (0.28 with 2.13), and triton where it has none.
+$(STAMPS)/peers: $(STAMPS)/test
+	@echo "$(VENV): torchvision and triton"
+	@$(INSTALL) $(CONSTRAINTS) --no-deps "torchvision==$$($(BIN)/python -c '$(TORCH); print(f"0.{torch[1] + 15}.*")')"
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) -c constraints.txt --no-deps triton || \
+	    echo "no triton for this platform: its tests will be skipped"
 	@touch $@
