@@ -100,7 +100,7 @@ class FoldCache:
     def get(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...]) -> Any:
         """The value put for these tensors and this key, or None."""
         entry = self._entry
-        if entry is None or entry[0] != key or entry[4] != _unseen_steps:
+        if entry is None or entry[0] != key or entry[3] != _unseen_steps:
             return None
         for tensor, alias, version in zip(tensors, entry[1], entry[2], strict=True):
             if tensor is None or alias is None:
@@ -108,20 +108,27 @@ class FoldCache:
                     return None
             elif not tensor.is_set_to(alias) or tensor._version != version or tensor.dtype != alias.dtype:
                 return None
-        return entry[3]
+        return entry[4]
 
-    def put(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], value: Any) -> None:
-        """Keep `value`. Inference tensors carry no version counter, so nothing made of them is kept."""
+    @staticmethod
+    def stamp(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
+        """The present state of the tensors, to be taken before the value is made of them; see `put`.
+
+        None for inference tensors, which carry no version counter: nothing made of them is kept.
+        """
         global _watching
         if any(t is not None and t.is_inference() for t in tensors):
-            return
+            return None
         if not _watching:
             register_optimizer_step_post_hook(_after_optimizer_step)
             _watching = True
         # The aliases keep each storage alive, so that its address cannot be given to another tensor meanwhile.
         aliases = tuple(None if t is None else t.detach() for t in tensors)
-        versions = tuple(0 if t is None else t._version for t in tensors)
-        self._entry = (key, aliases, versions, value, _unseen_steps)
+        return aliases, tuple(0 if t is None else t._version for t in tensors), _unseen_steps
+
+    def put(self, stamp: tuple[Any, ...] | None, key: tuple[Any, ...], value: Any) -> None:
+        """Keep `value`, made of tensors in the state `stamp`."""
+        self._entry = None if stamp is None else (key, *stamp, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FoldCache:
         return FoldCache()

@@ -211,11 +211,12 @@ class FusedModule(nn.Module):
         key = (x.dtype, channels_last, bn.eps, geometry)
         folded = cache.get(tensors, key)
         if folded is None:
+            stamp = cache.stamp(tensors)
             names = ("bias", "gamma", "beta", "running_mean", "running_var")
             check_channels("conv_bn_act", x, weight.shape[0], zip(names, tensors[1:], strict=True))
             w, b = fold(*tensors, bn.eps, x.dtype)  # type: ignore[arg-type]
             folded = (choice.pack(w, tuple(x.shape), *geometry) if channels_last else w, b)
-            cache.put(tensors, key, folded)
+            cache.put(stamp, key, folded)
         return choice.function(x, *folded, residual, *geometry, activation)
 
 

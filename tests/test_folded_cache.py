@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
 import fused_resnet as fr
-from fused_resnet import dispatch
+from fused_resnet import dispatch, modules
 from fused_resnet.folding import FoldCache
 from fused_resnet.modules import FusedModule
 
@@ -664,6 +664,25 @@ def test_threads(torchvision: ModuleType) -> None:
         thread.join(60)
     assert not failures
     assert not any(thread.is_alive() for thread in threads)
+    assert_infers_as(ours, theirs)
+
+
+def test_a_write_while_folding(pair: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread writes between the reading of the weights and the keeping: that fold must not last."""
+    ours, theirs = pair
+    fold = modules.fold
+
+    def slow(weight: Tensor, *args: Any) -> Any:
+        folded = fold(weight, *args)
+        with torch.no_grad():
+            weight.mul_(1.5)
+        return folded
+
+    fr.refresh(ours)
+    with monkeypatch.context() as patch:
+        patch.setattr(modules, "fold", slow)
+        infer(ours, images())
+    theirs.load_state_dict(ours.state_dict())
     assert_infers_as(ours, theirs)
 
 
