@@ -131,6 +131,138 @@ def bn_act_backward(
     return grad_x, grad_gamma, grad_beta, g if has_residual else None
 
 
+def bn_bn_act_train_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    x2: Tensor,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    momentum2: float | Tensor,
+    eps2: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """act(bn(x) + bn2(x2)), the end of a projection block; x2 is like x. Returns (out, mean, var, mean2, var2)."""
+    shortcut, mean2, var2 = bn_act_train_forward(
+        x2, gamma2, beta2, running_mean2, running_var2, None, momentum2, eps2, None
+    )
+    out, mean, var = bn_act_train_forward(
+        x, gamma, beta, running_mean, running_var, shortcut, momentum, eps, activation
+    )
+    return out, mean, var, mean2, var2
+
+
+def bn_bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    x2: Tensor,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    mean2: Tensor,
+    var2: Tensor,
+    eps2: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `bn_bn_act_train_forward`: (grad_x, grad_gamma, grad_beta, grad_x2, grad_gamma2, grad_beta2).
+
+    The ReLU's mask is recomputed from x and x2.
+    """
+    if activation == "relu":
+        shortcut = bn_act_eval_forward(x2, gamma2, beta2, mean2, var2, None, eps2, None)
+        grad = add_relu_backward(grad, bn_act_eval_forward(x, gamma, beta, mean, var, shortcut, eps, None))
+    first = bn_act_backward(grad, x, None, gamma, beta, mean, var, eps, None, True, False)
+    second = bn_act_backward(grad, x2, None, gamma2, beta2, mean2, var2, eps2, None, True, False)
+    return *first[:3], *second[:3]
+
+
+_POOL = ((3, 3), (2, 2), (1, 1), (1, 1), False)  # kernel, stride, padding, dilation, ceil_mode
+
+
+def _pool(y: Tensor, with_offsets: bool) -> tuple[Tensor, Tensor | None]:
+    """3x3/2 max pool with padding 1: (out, offsets). An offset (uint8) is 3 * row + column of the maximum within its
+    window; among equals the first counts, a NaN counts as largest and the last NaN wins, as in torch."""
+    out, indices = torch.ops.aten.max_pool2d_with_indices(y, *_POOL)
+    if not with_offsets:
+        return out, None
+    rows = torch.arange(out.shape[2], device=y.device).view(-1, 1) * 2 - 1
+    columns = torch.arange(out.shape[3], device=y.device) * 2 - 1
+    offsets = (indices // y.shape[3] - rows) * 3 + indices % y.shape[3] - columns
+    return out, offsets.to(torch.uint8)
+
+
+def pool_indices(offsets: Tensor, width: int) -> Tensor:
+    """The positions within an image, `width` pixels wide, that the windows' offsets point at, as torch counts them."""
+    rows = torch.arange(offsets.shape[2], device=offsets.device).view(-1, 1) * 2 - 1 + offsets.long() // 3
+    columns = torch.arange(offsets.shape[3], device=offsets.device) * 2 - 1 + offsets.long() % 3
+    return rows * width + columns
+
+
+def bn_act_pool_train_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str | None,
+    with_offsets: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """max_pool(act(bn(x))), the window 3x3 with stride 2 and padding 1, for (N, C, H, W): a network's stem.
+
+    Batch statistics; the running ones are updated in place. Returns (out, offsets, mean, var); see `_pool`.
+    """
+    y, mean, var = bn_act_train_forward(x, gamma, beta, running_mean, running_var, None, momentum, eps, activation)
+    return *_pool(y, with_offsets), mean, var
+
+
+def bn_act_pool_eval_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str | None,
+    with_offsets: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """max_pool(act(bn(x))) with given statistics: (out, offsets)."""
+    return _pool(bn_act_eval_forward(x, gamma, beta, mean, var, None, eps, activation), with_offsets)
+
+
+def bn_act_pool_backward(
+    grad: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of max_pool(act(bn(x))): (grad_x, grad_gamma, grad_beta). `grad` has the layout of x.
+
+    The gradient of act's output is, at each pixel, the sum over the (up to 4) windows that picked it; the rest as in
+    `bn_act_backward`, the ReLU's mask being recomputed from x.
+    """
+    indices = pool_indices(offsets, x.shape[3])
+    grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *_POOL, indices)
+    return bn_act_backward(grad, x, None, gamma, beta, mean, var, eps, activation, training, False)[:3]
+
+
 def conv_bias_act_forward(
     x: Tensor,
     weight: Tensor,

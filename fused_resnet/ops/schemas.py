@@ -29,6 +29,12 @@ _SCHEMAS = (
     f"bn_act_backward(Tensor grad, Tensor x, Tensor? out, {_VECTORS}, Tensor mean, Tensor var, float eps,"
     " str? activation, bool training, bool has_residual, str backend)"
     " -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_residual)",
+    f"bn_act_pool_train(Tensor x, {_VECTORS}, float eps, str? activation, bool with_offsets, str backend)"
+    " -> (Tensor out, Tensor offsets, Tensor mean, Tensor var)",
+    f"bn_act_pool_eval(Tensor x, {_VECTORS}, Tensor mean, Tensor var, float eps, str? activation, bool with_offsets,"
+    " str backend) -> (Tensor out, Tensor offsets)",
+    f"bn_act_pool_backward(Tensor grad, Tensor offsets, Tensor x, {_VECTORS}, Tensor mean, Tensor var, float eps,"
+    " str? activation, bool training, str backend) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)",
     f"conv_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, {_CONV}, str? activation, str backend)"
     " -> Tensor",
     f"conv_bn_act(Tensor x, Tensor weight, Tensor? bias, {_VECTORS}, Tensor mean, Tensor var, Tensor? residual,"
@@ -222,6 +228,112 @@ def _bn_act_backward_fake(
 _register("bn_act_train", _bn_act_train, _bn_act_train_fake, _bn_act_train_setup, _bn_act_train_grad)
 _register("bn_act_eval", _bn_act_eval, lambda x, *_: torch.empty_like(dense(x)), _bn_act_eval_setup, _bn_act_eval_grad)
 _register("bn_act_backward", _bn_act_backward, _bn_act_backward_fake)
+
+
+# bn_act_pool
+
+
+def _pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor of the pooled shape in the layout of x, which is dense."""
+    form = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    shape = (x.shape[0], x.shape[1], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=form)
+
+
+def _or_nothing(offsets: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.uint8) if offsets is None else offsets
+
+
+def _bn_act_pool_train(
+    x: Tensor, gamma: Any, beta: Any, eps: float, activation: Any, with_offsets: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = dense(x)
+    args = (gamma, beta, None, None, 0.0, eps, activation, with_offsets)
+    out, offsets, mean, var = dispatch.call("bn_act_pool_train_forward", x, *args, backend=backend)
+    return out, _or_nothing(offsets, x), mean, var
+
+
+def _bn_act_pool_eval(
+    x: Tensor,
+    gamma: Any,
+    beta: Any,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: Any,
+    with_offsets: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    x = dense(x)
+    args = (gamma, beta, mean, var, eps, activation, with_offsets)
+    out, offsets = dispatch.call("bn_act_pool_eval_forward", x, *args, backend=backend)
+    return out, _or_nothing(offsets, x)
+
+
+def _bn_act_pool_fake(x: Tensor, with_offsets: bool) -> tuple[Tensor, Tensor]:
+    x = dense(x)
+    return _pooled(x, x.dtype), _or_nothing(_pooled(x, torch.uint8) if with_offsets else None, x)
+
+
+def _bn_act_pool_train_fake(
+    x: Tensor, gamma: Any, beta: Any, eps: float, activation: Any, with_offsets: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vector = x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype))
+    return *_bn_act_pool_fake(x, with_offsets), vector, torch.empty_like(vector)
+
+
+def _bn_act_pool_train_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, gamma, beta, eps, activation, _, backend = inputs
+    _, offsets, mean, var = output
+    ctx.save_for_backward(offsets, x, gamma, beta, mean, var)
+    ctx.options = (eps, activation, True, backend)
+
+
+def _bn_act_pool_eval_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, gamma, beta, mean, var, eps, activation, _, backend = inputs
+    ctx.save_for_backward(output[1], x, gamma, beta, mean, var)
+    ctx.options = (eps, activation, False, backend)
+
+
+def _bn_act_pool_grad(ctx: Any, grad: Tensor) -> tuple[Any, Any, Any]:
+    offsets, x, gamma, beta, mean, var = ctx.saved_tensors
+    grad_x, grad_gamma, grad_beta = torch.ops.fused_resnet.bn_act_pool_backward.default(
+        grad, offsets, x, gamma, beta, mean, var, *ctx.options
+    )
+    return (
+        grad_x,
+        None if gamma is None else grad_gamma.to(gamma.dtype),
+        None if beta is None else grad_beta.to(beta.dtype),
+    )
+
+
+def _bn_act_pool_backward(grad: Tensor, offsets: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *args, backend = args  # type: ignore[assignment]
+    x = dense(x)
+    offsets = offsets.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+    return dispatch.call("bn_act_pool_backward", as_layout(grad, offsets), offsets, x, *args, backend=backend)
+
+
+def _bn_act_pool_backward_fake(grad: Tensor, offsets: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    vector = x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype))
+    return torch.empty_like(dense(x)), vector, torch.empty_like(vector)
+
+
+_register(
+    "bn_act_pool_train",
+    _bn_act_pool_train,
+    _bn_act_pool_train_fake,
+    _bn_act_pool_train_setup,
+    lambda ctx, grad, *_: (*_bn_act_pool_grad(ctx, grad), *(None,) * 4),
+)
+_register(
+    "bn_act_pool_eval",
+    _bn_act_pool_eval,
+    lambda x, *args: _bn_act_pool_fake(x, args[-2]),
+    _bn_act_pool_eval_setup,
+    lambda ctx, grad, *_: (*_bn_act_pool_grad(ctx, grad), *(None,) * 6),
+)
+_register("bn_act_pool_backward", _bn_act_pool_backward, _bn_act_pool_backward_fake)
 
 
 # conv_bias_act and conv_bn_act: inference

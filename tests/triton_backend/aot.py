@@ -40,7 +40,7 @@ class Case:
         name: unique in its suite; names the rows of the table and the record.
         call: runs the primitive on CPU tensors (`torch.empty` is enough). Every launch inside is compiled.
         configs: kernel name -> config, instead of what `configs.pick` says.
-        vector: kernels that must load from global memory 128 bits at a time.
+        vector: kernels that must load from global memory 128 bits at a time, on NVIDIA.
         dot: kernels that must use the tensor cores.
         only: kernels to look at; None for all that `call` launches.
     """
@@ -142,7 +142,7 @@ def problems(row: dict[str, Any], compiled: Any, arch: str, vector: bool, dot: b
     if row["stack"] or row["spills"]:
         found.append(f"stack {row['stack']}, spills {row['spills']}")
     nvidia = not arch.startswith("gfx")
-    if vector and not row["wide_loads"]:
+    if vector and nvidia and not row["wide_loads"]:
         found.append("no 128-bit loads")
     if dot:
         text = compiled.asm["ptx" if nvidia else "amdgcn"]

@@ -204,8 +204,14 @@ def patch_interpreter() -> None:
     for function in (cast_impl, create_fp_to_fp, create_dot, create_masked_load, create_masked_store):
         setattr(InterpreterBuilder, function.__name__, function)
 
+    patched: set[int] = set()
+
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.rewrite()(*args, **kwargs)  # the launch has already patched triton.language
+        # The launch has patched triton.language; Triton's own library functions use triton.language.core.
+        names = self.fn.__globals__
+        if names.get("tl") is not tl and id(names) not in patched:
+            patched.add(id(names))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
 
     InterpretedFunction.__call__ = call
-    assert interpreter.interpreter_builder is not None

@@ -27,6 +27,9 @@ TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 # suite -> the modules of fused_resnet.backends.triton whose source its kernels and configs come from
 SUITES: dict[str, tuple[str, ...]] = {
     "add_relu": ("add_relu", "common"),
+    "bn_act": ("bn_act", "common"),
+    "stem": ("stem", "bn_act", "common"),
+    "conv": ("conv", "common"),
 }
 
 

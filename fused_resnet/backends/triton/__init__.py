@@ -1,4 +1,7 @@
-"""Triton kernels for GPUs. Numerics are proven by Triton's interpreter, compilation ahead of time; see `verified`.
+"""Triton kernels for GPUs.
+
+The kernels have been interpreted on a CPU and compiled for GPUs, but not yet run on one: until that is done they count
+as unverified, and are chosen automatically only where `selfcheck` passes on the device at hand.
 
 Importing this package imports neither triton nor the kernels; the first call of a primitive does.
 """
@@ -18,6 +21,16 @@ from torch import Tensor
 _MODULES = {
     "add_relu_forward": "add_relu",
     "add_relu_backward": "add_relu",
+    "bn_act_train_forward": "bn_act",
+    "bn_act_eval_forward": "bn_act",
+    "bn_act_backward": "bn_act",
+    "bn_bn_act_train_forward": "bn_act",
+    "bn_bn_act_backward": "bn_act",
+    "bn_act_pool_train_forward": "stem",
+    "bn_act_pool_eval_forward": "stem",
+    "bn_act_pool_backward": "stem",
+    "conv_bias_act_forward": "conv",
+    "conv_bn_act_forward": "conv",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (3, 6)
@@ -68,6 +81,26 @@ def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
     module = importlib.import_module(f"{__name__}.{_MODULES[primitive]}")
     special = getattr(module, "supports", None)
     return None if special is None else special(primitive, x, *args)
+
+
+def untested(op: str, x: Tensor) -> str | None:
+    """None where the kernels of an op proved equal to `reference` on x's device and dtype, else the reason.
+
+    The proof is run once per process, by the first automatic choice; see `selfcheck`.
+    """
+    reason = _tested.get((op, x.device, x.dtype), _UNKNOWN)
+    if reason is not _UNKNOWN:
+        return reason
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured, and the kernels are not checked yet: run once before"
+    from fused_resnet.backends.triton import selfcheck
+
+    reason = _tested[op, x.device, x.dtype] = selfcheck.run(op, x.device, x.dtype)
+    return reason
+
+
+_UNKNOWN = "unknown"
+_tested: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,125 @@
+"""Do the kernels agree with `reference` on this device? Asked once per process, before they are chosen automatically.
+
+Small tensors in both layouts go through every primitive of an op. A result passes where its relative error against
+float64 is at most twice that of `reference` in the same dtype, plus a few roundings.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends import reference
+from fused_resnet.backends import triton as backend
+
+Results = dict[str, Tensor]
+EPS = 1e-5
+SUMS = 2e-6  # granted to float32 sums, which torch forms in another order
+
+
+def _add_relu(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Results:
+    out = module.add_relu_forward(x, y)
+    return {"out": out, "grad": module.add_relu_backward(grad, x)}
+
+
+def _bn_act(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Results:
+    gamma, beta, running_mean, running_var = _bn(x)
+    results: Results = {}
+    for residual in (None, y):
+        forward = (gamma, beta, running_mean, running_var, residual, 0.1, EPS, "relu")
+        out, mean, var = module.bn_act_train_forward(x, *forward)
+        keep = None if residual is None else y  # any tensor serves as the mask, the same for every module
+        statistics = _bn(x)[2:]
+        grads = module.bn_act_backward(
+            grad, x, keep, gamma, beta, *statistics, EPS, "relu", residual is None, residual is not None
+        )
+        found = (out, mean, var, running_mean, running_var, *grads)
+        results |= {f"{i} {residual is None}": t for i, t in enumerate(found) if t is not None}
+    results["eval"] = module.bn_act_eval_forward(x, gamma, beta, *_bn(x)[2:], y, EPS, "relu")
+    return results
+
+
+def _bn_bn_act(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Results:
+    first, second = _bn(x), _bn(y)
+    options = (0.1, EPS)
+    forward = module.bn_bn_act_train_forward(x, *first, *options, y, *second, *options, "relu")
+    backward = module.bn_bn_act_backward(grad, x, *_bn(x), EPS, y, *_bn(y), EPS, "relu")
+    return {str(i): t for i, t in enumerate((*forward, *backward))}
+
+
+def _bn_act_pool(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Results:
+    gamma, beta, running_mean, running_var = _bn(x)
+    options = (0.1, EPS, "relu", True)
+    out, offsets, mean, var = module.bn_act_pool_train_forward(x, gamma, beta, running_mean, running_var, *options)
+    y = reference.bn_act_eval_forward(x, gamma, beta, mean, var, None, EPS, "relu")
+    chosen = y.flatten(2).gather(2, reference.pool_indices(offsets, x.shape[3]).flatten(2)).view(out.shape)
+    windows = grad[:, :, : out.shape[2], : out.shape[3]].contiguous(memory_format=_format(x))
+    valid = torch.full_like(windows, 4, dtype=torch.uint8)  # each window's middle, the same for every module
+    valid[:, :, 1:, 1:] = 0
+    results: Results = {"out": out, "chosen": chosen, "mean": mean, "var": var}
+    for training in (True, False):
+        grads = module.bn_act_pool_backward(windows, valid, x, gamma, beta, *_bn(x)[2:], EPS, "relu", training)
+        results |= {f"{i} {training}": t for i, t in enumerate(grads)}
+    return results | {"eval": module.bn_act_pool_eval_forward(x, gamma, beta, *_bn(x)[2:], EPS, "relu", False)[0]}
+
+
+def _bn(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fresh gamma, beta, running mean and variance."""
+    steps = torch.arange(x.shape[1], device=x.device) % 5
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return tuple((a + b * steps).to(kind) for a, b in ((0.5, 0.25), (-0.5, 0.25), (-0.1, 0.05), (0.8, 0.1)))  # type: ignore[return-value]
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+CHECKS: dict[str, Callable[[ModuleType, Tensor, Tensor, Tensor], Results]] = {
+    "add_relu": _add_relu,
+    "bn_act": _bn_act,
+    "bn_bn_act": _bn_bn_act,
+    "bn_act_pool": _bn_act_pool,
+}
+
+
+def _inputs(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for shape, form in (((4, 64, 16, 16), torch.channels_last), ((2, 19, 9, 11), torch.contiguous_format)):
+        values = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+        yield tuple(v.to(device, dtype).contiguous(memory_format=form) for v in values)  # type: ignore[misc]
+
+
+def _relative_error(value: Tensor, exact: Tensor) -> float:
+    return float(torch.linalg.vector_norm(value.double() - exact) / torch.linalg.vector_norm(exact))
+
+
+def _complaint(ours: Results, plain: Results, exact: Results) -> str | None:
+    for name, value in ours.items():
+        error, allowed = (_relative_error(t, exact[name]) for t in (value, plain[name]))
+        budget = 2 * allowed + 4 * torch.finfo(value.dtype).eps + (0.0 if value.dim() == 4 else SUMS)
+        if not error <= budget:
+            return f"{name} of {tuple(value.shape)}: relative error {error:.1e}, {allowed:.1e} in torch"
+    return None
+
+
+def run(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where all results are within the error budget, else the reason, which is warned about as well."""
+    check = CHECKS.get(op)
+    if check is None:
+        return "there is no self-check for it"
+    reason = None
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            for inputs in _inputs(device, dtype):
+                exact = check(reference, *(t.double() for t in inputs))
+                complaint = _complaint(check(backend, *inputs), check(reference, *inputs), exact)
+                reason = reason or (complaint and f"its kernels differ from torch: {complaint}")
+    except Exception as error:
+        reason = f"its kernels fail: {type(error).__name__}: {error}"
+    if reason is not None:
+        warnings.warn(f"fused_resnet: triton will not be used for {op} in {dtype} on {device}: {reason}", stacklevel=2)
+    return reason
