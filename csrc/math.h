@@ -45,25 +45,27 @@ FR_HD float load(fp16 v) {
   return bit_cast<float>((w & 0x80000000u) | bits);
 }
 
+// All ones for NaN. Integer arithmetic, because compilers thread a comparison into the code before it and leave a tangle.
+FR_HD uint32_t nan_mask(uint32_t bits) { return uint32_t(int32_t(0x7f800000u - (bits & 0x7fffffffu)) >> 31); }
+
 // store<T>: round to nearest even; NaN stays NaN.
 template <typename T> FR_HD T store(acc_t<T> v);
 template <> FR_HD double store<double>(double v) { return v; }
 template <> FR_HD float store<float>(float v) { return v; }
 
 template <> FR_HD bf16 store<bf16>(float v) {
-  const uint32_t u = bit_cast<uint32_t>(v);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return bf16{uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+  const uint32_t u = bit_cast<uint32_t>(v), nan = nan_mask(u);
+  return bf16{uint16_t((u + ((0x7fffu + (u >> 16 & 1u)) & ~nan)) >> 16 | (nan & 0x40u))};
 }
 
 template <> FR_HD fp16 store<fp16>(float v) {
-  const uint32_t w = bit_cast<uint32_t>(v), magnitude = w + w;
+  const uint32_t w = bit_cast<uint32_t>(v), nan = nan_mask(w);
   const float clipped = (bit_cast<float>(w & 0x7fffffffu) * 0x1.0p+112f) * 0x1.0p-110f;  // past the range: infinity
-  uint32_t bias = magnitude & 0xff000000u;
+  uint32_t bias = (w + w) & 0xff000000u;
   bias = bias < 0x71000000u ? 0x71000000u : bias;
   const uint32_t u = bit_cast<uint32_t>(bit_cast<float>((bias >> 1) + 0x07800000u) + clipped);
   const uint32_t bits = ((u >> 13) & 0x7c00u) + (u & 0x0fffu);
-  return fp16{uint16_t((w >> 16 & 0x8000u) | (magnitude > 0xff000000u ? 0x7e00u : bits))};
+  return fp16{uint16_t((w >> 16 & 0x8000u) | (bits & ~nan) | (nan & 0x7e00u))};
 }
 
 // ---- activation -------------------------------------------------------------------------------------------------------

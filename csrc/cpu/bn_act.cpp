@@ -18,11 +18,21 @@
 namespace fused_resnet {
 namespace {
 
-constexpr int64_t kLanes = 512;
+constexpr int64_t kLanes = 512;       // most lanes of a tile: its vectors fill half of the L1 cache
+constexpr int64_t kPlaneLanes = 256;  // less where vectors are made anew for each channel
+constexpr int64_t kBlock = 64;        // channels merged together
 
 // ---- kernels: the loops that must vectorise ---------------------------------------------------------------------------
 
 struct Tile { int64_t rows, lanes, stride; };  // stride between rows, in elements
+
+// Keeps the compiler from interleaving rows. Welcome in a reduction, but a load stalls behind a store that is a multiple of
+// 4 KiB away, as rows often are.
+FR_HD void keep_rows_apart() {
+#if defined(__GNUC__)
+  asm volatile("" ::: "memory");
+#endif
+}
 
 template <typename T>
 FR_CLONES void sums(Tile t, const T* __restrict x, const acc_t<T>* __restrict pilot, acc_t<T>* __restrict sum,
@@ -36,11 +46,17 @@ FR_CLONES void sums(Tile t, const T* __restrict x, const acc_t<T>* __restrict pi
   }
 }
 
+template <typename T>
+FR_CLONES void widen(int64_t n, const T* __restrict x, acc_t<T>* __restrict out) {
+  for (int64_t l = 0; l < n; ++l) out[l] = load(x[l]);
+}
+
 template <typename T, bool Relu, bool Residual>
 FR_CLONES void apply(Tile t, const T* __restrict x, const T* __restrict residual, T* __restrict out,
                      const acc_t<T>* __restrict mean, const acc_t<T>* __restrict scale, const acc_t<T>* __restrict beta) {
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t i = r * t.stride;
+    keep_rows_apart();
     for (int64_t l = 0; l < t.lanes; ++l) {
       acc_t<T> y = bn(load(x[i + l]), mean[l], scale[l], beta[l]);
       if constexpr (Residual) y += load(residual[i + l]);
@@ -61,6 +77,7 @@ FR_CLONES void grad_sums(Tile t, const T* __restrict grad, const T* __restrict x
                          acc_t<T>* __restrict sum_x) {
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t i = r * t.stride;
+    if constexpr (M == Mask::out || Frozen) keep_rows_apart();
     for (int64_t l = 0; l < t.lanes; ++l) {
       acc_t<T> g = load(grad[i + l]);
       const acc_t<T> v = load(x[i + l]);
@@ -82,6 +99,7 @@ FR_CLONES void grad_apply(Tile t, const T* __restrict grad, const T* __restrict 
                           const acc_t<T>* __restrict beta, const acc_t<T>* __restrict k1, const acc_t<T>* __restrict k2) {
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t i = r * t.stride;
+    keep_rows_apart();
     for (int64_t l = 0; l < t.lanes; ++l) {
       acc_t<T> g = load(grad[i + l]);
       const acc_t<T> v = load(x[i + l]);
@@ -91,15 +109,24 @@ FR_CLONES void grad_apply(Tile t, const T* __restrict grad, const T* __restrict 
   }
 }
 
-// Sum of v[0..n), pairwise, in place.
 template <typename A>
-FR_CLONES A fold_sum(A* v, int64_t n) {
-  while (n > 1) {
-    const int64_t half = (n + 1) / 2;
-    for (int64_t i = 0; i < n - half; ++i) v[i] += v[half + i];
-    n = half;
+FR_CLONES A lane_sum(const A* __restrict v, int64_t n) {
+  constexpr int64_t w = 16;
+  A acc[w] = {};
+  int64_t l = 0;
+  for (; l + w <= n; l += w) {
+    for (int64_t i = 0; i < w; ++i) acc[i] += v[l + i];
   }
-  return v[0];
+  for (int64_t i = 0; l + i < n; ++i) acc[i] += v[l + i];
+  for (int64_t half = w / 2; half; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) acc[i] += acc[half + i];
+  }
+  return acc[0];
+}
+
+template <typename A>
+FR_CLONES void fill(A* v, int64_t n, A value) {
+  for (int64_t l = 0; l < n; ++l) v[l] = value;
 }
 
 // ---- how a tensor is cut ----------------------------------------------------------------------------------------------
@@ -123,7 +150,7 @@ struct Rows {
 
   explicit Rows(const Shape& s)
       : c(s.c), m(s.count()), fold(std::max<int64_t>(1, kLanes / 2 / c)), lanes(fold * c), rows(m / fold) {
-    const int64_t most = std::min<int64_t>({rows / 32, s.numel() / kGrain, 128});
+    const int64_t most = std::min(rows / 32, s.numel() / kGrain);
     while (chunks * 2 <= most) chunks *= 2;
   }
 
@@ -131,6 +158,12 @@ struct Rows {
   int64_t rest(int64_t chunk) const { return chunk == chunks - 1 ? m % fold : 0; }  // rows of c that fill no row of lanes
   int64_t count(int64_t chunk) const { return (first(chunk + 1) - first(chunk)) * fold + rest(chunk); }
   int64_t work() const { return m * c / chunks; }
+
+  template <typename F>  // f(first channel, channels): the merge, in blocks so that it walks along the partial results
+  void channel_blocks(const F& f) const {
+    parallel_items(ceil_div(c, kBlock), chunks * kBlock, false,
+                   [&](int64_t b) { f(b * kBlock, std::min(kBlock, c - b * kBlock)); });
+  }
 
   template <typename F>  // f(region, first lane); with fold > 1 there is one region
   void regions(int64_t chunk, const F& f) const {
@@ -142,19 +175,36 @@ struct Rows {
 };
 
 struct Planes {
-  int64_t n, c, s, group, groups, width;  // channels per group; lanes per channel
+  int64_t n, c, s, group, groups, width, block;  // channels per group; lanes per channel; planes summed up in one go
 
   explicit Planes(const Shape& shape)
-      : n(shape.n), c(shape.c), s(shape.s), group(std::min(c, std::max<int64_t>(1, kLanes / s))),
-        groups(ceil_div(c, group)), width(std::min(s, kLanes)) {}
+      : n(shape.n), c(shape.c), s(shape.s), group(std::min(c, std::max<int64_t>(1, kPlaneLanes / s))),
+        groups(ceil_div(c, group)), width(std::min(s, kPlaneLanes)), block(std::max<int64_t>(1, 64 * width / s)) {}
 
   int64_t work() const { return n * group * s; }
   int64_t channels(int64_t g) const { return std::min(group, c - g * group); }
 
-  Region region(int64_t g) const {
-    const int64_t base = g * group * s;
-    if (s <= kLanes) return {base, n, channels(g) * s, c * s, 0, 1, 0};
-    return {base, s / kLanes, kLanes, kLanes, s % kLanes, n, c * s};
+  Region region(int64_t g, int64_t first, int64_t planes) const {
+    const int64_t base = (first * c + g * group) * s;
+    if (s <= kPlaneLanes) return {base, planes, channels(g) * s, c * s, 0, 1, 0};
+    return {base, s / kPlaneLanes, kPlaneLanes, kPlaneLanes, s % kPlaneLanes, planes, c * s};
+  }
+  Region region(int64_t g) const { return region(g, 0, n); }
+
+  // total[j] = sum over channel j of the group, for two sums at once: add(region, sum, other) adds up lanes. Lanes are added
+  // to a double every `block` planes, so that rounding errors do not grow with the batch.
+  template <typename A, typename F>
+  void channel_sums(int64_t g, double (&total)[kPlaneLanes], double (&other_total)[kPlaneLanes], const F& add) const {
+    std::fill_n(total, channels(g), 0.0);
+    std::fill_n(other_total, channels(g), 0.0);
+    for (int64_t first = 0; first < n; first += block) {
+      A sum[kPlaneLanes] = {}, other[kPlaneLanes] = {};
+      add(region(g, first, std::min(block, n - first)), sum, other);
+      for (int64_t j = 0; j < channels(g); ++j) {
+        total[j] += double(lane_sum(sum + j * width, width));
+        other_total[j] += double(lane_sum(other + j * width, width));
+      }
+    }
   }
 };
 
@@ -176,21 +226,40 @@ struct Lanes {
   Lanes(A* memory, int64_t lanes)
       : mean(memory), scale(mean + lanes), beta(scale + lanes), k1(beta + lanes), k2(k1 + lanes) {}
 
-  // Channel c at lanes begin, begin + step, ...
-  void set(const Vectors<A>& v, int64_t c, int64_t begin, int64_t end, int64_t step) const {
-    const A m = v.mean ? v.mean[c] : A(0), r = v.rstd(c), s = v.gamma ? v.gamma[c] * r : r, b = v.beta ? v.beta[c] : A(0);
-    for (int64_t l = begin; l < end; l += step) mean[l] = m, scale[l] = s, beta[l] = b;
+  // Channel c at n lanes from begin, `step` apart.
+  void set(const Vectors<A>& v, int64_t c, int64_t begin, int64_t n, int64_t step) const {
+    const A r = v.rstd(c);
+    put(mean + begin, v.mean ? v.mean[c] : A(0), n, step);
+    put(scale + begin, v.gamma ? v.gamma[c] * r : r, n, step);
+    put(beta + begin, v.beta ? v.beta[c] : A(0), n, step);
   }
-  void set_grad(A a, A b, int64_t begin, int64_t end, int64_t step) const {
-    for (int64_t l = begin; l < end; l += step) k1[l] = a, k2[l] = b;
+  void set_grad(const std::pair<A, A>& k, int64_t begin, int64_t n, int64_t step) const {
+    put(k1 + begin, k.first, n, step);
+    put(k2 + begin, k.second, n, step);
+  }
+  static void put(A* v, A value, int64_t n, int64_t step) {
+    if (step == 1) return fill(v, n, value);
+    for (int64_t i = 0; i < n; ++i) v[i * step] = value;
   }
 };
 
 template <typename A>
 std::unique_ptr<A[]> scratch(int64_t n) { return std::unique_ptr<A[]>(new A[n]); }
 
-// A pilot that is not finite would make every difference NaN.
-template <typename A> A finite_or_zero(A v) { return v - v == A(0) ? v : A(0); }
+// A pilot as short as the data, so that differences of 16-bit data are exact and their rounding errors cannot add up; and
+// a finite one, so that they are not all NaN.
+template <typename T>
+acc_t<T> pilot_value(acc_t<T> v) {
+  v = load(store<T>(v));
+  return v - v == acc_t<T>(0) ? v : acc_t<T>(0);
+}
+
+template <typename A>
+double strided_sum(const A* v, int64_t begin, int64_t end, int64_t step) {
+  double total = 0;
+  for (int64_t l = begin; l < end; l += step) total += double(v[l]);
+  return total;
+}
 
 // ---- forward ----------------------------------------------------------------------------------------------------------
 
@@ -217,27 +286,31 @@ void rows_statistics(const Rows& plan, const T* x, const Statistics<acc_t<T>>& s
   parallel_items(plan.chunks, plan.work(), false, [&](int64_t chunk) {
     const int64_t count = plan.count(chunk), pilots = std::min<int64_t>(4, count);
     plan.regions(chunk, [&](const Region& region, int64_t lane) {
-      A pilot[kLanes], sum[kLanes] = {}, sum_sq[kLanes] = {};
+      A pilot[kLanes] = {}, sum[kLanes] = {}, sum_sq[kLanes] = {};
       const int64_t channels = std::min(region.lanes, c);
-      for (int64_t i = 0; i < channels; ++i) {
-        A p = 0;
-        for (int64_t r = 0; r < pilots; ++r) p += load(x[region.base + r * c + i]);
-        pilot[i] = finite_or_zero(p / A(pilots));
+      for (int64_t r = 0; r < pilots; ++r) {
+        for (int64_t i = 0; i < channels; ++i) pilot[i] += load(x[region.base + r * c + i]);
       }
+      for (int64_t i = 0; i < channels; ++i) pilot[i] = pilot_value<T>(pilot[i] / A(pilots));
       for (int64_t l = channels; l < region.lanes; ++l) pilot[l] = pilot[l - c];
       region.each(false, [&](int64_t i, Tile t) { sums<T>(t, x + i, pilot, sum, sum_sq); });
-      for (int64_t l = c; l < region.lanes; ++l) sum[l % c] += sum[l], sum_sq[l % c] += sum_sq[l];
       for (int64_t i = 0; i < channels; ++i) {
-        parts[chunk * c + lane + i] = moments(double(count), pilot[i], sum[i], sum_sq[i]);
+        parts[chunk * c + lane + i] = moments(double(count), pilot[i], strided_sum(sum, i, region.lanes, c),
+                                              strided_sum(sum_sq, i, region.lanes, c));
       }
     });
   });
-  parallel_items(c, plan.chunks, false, [&](int64_t i) {
-    double mean = 0, m2 = 0;
-    for (int64_t p = 0; p < plan.chunks; ++p) mean += plan.count(p) * parts[p * c + i].mean;
-    mean /= stats.count;
-    for (int64_t p = 0; p < plan.chunks; ++p) m2 += m2_about(plan.count(p), parts[p * c + i], mean);
-    stats.set(i, mean, m2);
+  plan.channel_blocks([&](int64_t first, int64_t n) {
+    double mean[kBlock] = {}, m2[kBlock] = {};
+    for (int64_t p = 0; p < plan.chunks; ++p) {
+      const double weight = double(plan.count(p)) / stats.count;
+      for (int64_t i = 0; i < n; ++i) mean[i] += weight * parts[p * c + first + i].mean;
+    }
+    for (int64_t p = 0; p < plan.chunks; ++p) {
+      const double count = double(plan.count(p));
+      for (int64_t i = 0; i < n; ++i) m2[i] += m2_about(count, parts[p * c + first + i], mean[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) stats.set(first + i, mean[i], m2[i]);
   });
 }
 
@@ -246,7 +319,7 @@ void rows_apply(const Rows& plan, const Vectors<acc_t<T>>& vectors, const Apply&
   using A = acc_t<T>;
   auto memory = scratch<A>(plan.lanes * Lanes<A>::kVectors);
   const Lanes<A> k(memory.get(), plan.lanes);
-  for (int64_t c = 0; c < plan.c; ++c) k.set(vectors, c, c, plan.lanes, plan.c);
+  for (int64_t c = 0; c < plan.c; ++c) k.set(vectors, c, c, plan.fold, plan.c);
   parallel_items(plan.chunks, plan.work(), true, [&](int64_t chunk) {
     plan.regions(chunk, [&](const Region& region, int64_t lane) {
       region.each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, lane); });
@@ -258,17 +331,19 @@ void rows_apply(const Rows& plan, const Vectors<acc_t<T>>& vectors, const Apply&
 template <typename T>
 void planes_statistics(const Planes& plan, int64_t g, const T* x, const Statistics<acc_t<T>>& stats) {
   using A = acc_t<T>;
-  const Region region = plan.region(g);
-  const int64_t w = plan.width, channels = plan.channels(g);
-  A pilot[kLanes], sum[kLanes], sum_sq[kLanes] = {};
-  for (int64_t l = 0; l < region.lanes; ++l) sum[l] = load(x[region.base + l]);
-  for (int64_t j = 0; j < channels; ++j) {
-    std::fill_n(pilot + j * w, w, finite_or_zero(fold_sum(sum + j * w, w) / A(w)));
+  const int64_t w = plan.width, lanes = plan.channels(g) * w;
+  const T* first = x + g * plan.group * plan.s;
+  A pilot[kPlaneLanes];
+  widen(lanes, first, pilot);
+  for (int64_t l = 0; l < lanes; l += w) {
+    fill(pilot + l, w, pilot_value<T>(lane_sum(pilot + l, w) / A(w)));
   }
-  std::fill_n(sum, region.lanes, A(0));
-  region.each(false, [&](int64_t i, Tile t) { sums<T>(t, x + i, pilot, sum, sum_sq); });
-  for (int64_t j = 0; j < channels; ++j) {
-    const Moments m = moments(stats.count, pilot[j * w], fold_sum(sum + j * w, w), fold_sum(sum_sq + j * w, w));
+  double sum[kPlaneLanes], sum_sq[kPlaneLanes];
+  plan.channel_sums<A>(g, sum, sum_sq, [&](const Region& region, A* sums_of_lanes, A* squares) {
+    region.each(false, [&](int64_t i, Tile t) { sums<T>(t, x + i, pilot, sums_of_lanes, squares); });
+  });
+  for (int64_t j = 0; j < plan.channels(g); ++j) {
+    const Moments m = moments(stats.count, pilot[j * w], sum[j], sum_sq[j]);
     stats.set(g * plan.group + j, m.mean, m.m2);
   }
 }
@@ -290,10 +365,10 @@ void forward(const Shape& shape, const T* x, const T* residual, T* out, const Ve
   const Planes plan(shape);
   parallel_items(plan.groups, plan.work(), false, [&](int64_t g) {
     if (stats) planes_statistics<T>(plan, g, x, *stats);
-    A memory[kLanes * Lanes<A>::kVectors];
-    const Lanes<A> k(memory, kLanes);
+    A memory[kPlaneLanes * Lanes<A>::kVectors];
+    const Lanes<A> k(memory, kPlaneLanes);
     for (int64_t j = 0; j < plan.channels(g); ++j) {
-      k.set(vectors, g * plan.group + j, j * plan.width, (j + 1) * plan.width, 1);
+      k.set(vectors, g * plan.group + j, j * plan.width, plan.width, 1);
     }
     plan.region(g).each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, 0); });
   });
@@ -339,20 +414,24 @@ void backward(const Shape& shape, const T* grad, const T* x, const T* out, T* gr
     auto memory = scratch<A>(plan.lanes * Lanes<A>::kVectors);
     auto parts = scratch<GradSums>(plan.chunks * c);
     const Lanes<A> k(memory.get(), plan.lanes);
-    for (int64_t i = 0; i < c; ++i) k.set(vectors, i, i, plan.lanes, c);
+    for (int64_t i = 0; i < c; ++i) k.set(vectors, i, i, plan.fold, c);
     parallel_items(plan.chunks, plan.work(), false, [&](int64_t chunk) {
       plan.regions(chunk, [&](const Region& region, int64_t lane) {
         A sum[kLanes] = {}, sum_x[kLanes] = {};
         region.each(false, [&](int64_t i, Tile t) { sum_tile(i, t, k, lane, sum, sum_x); });
-        for (int64_t l = c; l < region.lanes; ++l) sum[l % c] += sum[l], sum_x[l % c] += sum_x[l];
-        for (int64_t i = 0; i < std::min(region.lanes, c); ++i) parts[chunk * c + lane + i] = {sum[i], sum_x[i]};
+        for (int64_t i = 0; i < std::min(region.lanes, c); ++i) {
+          parts[chunk * c + lane + i] = {strided_sum(sum, i, region.lanes, c), strided_sum(sum_x, i, region.lanes, c)};
+        }
       });
     });
-    parallel_items(c, plan.chunks, false, [&](int64_t i) {
-      GradSums s{0, 0};
-      for (int64_t p = 0; p < plan.chunks; ++p) s.g += parts[p * c + i].g, s.gx += parts[p * c + i].gx;
-      const auto [k1, k2] = grads.set(i, s, vectors.rstd(i));
-      k.set_grad(k1, k2, i, plan.lanes, c);
+    plan.channel_blocks([&](int64_t first, int64_t n) {
+      GradSums s[kBlock] = {};
+      for (int64_t p = 0; p < plan.chunks; ++p) {
+        for (int64_t i = 0; i < n; ++i) s[i].g += parts[p * c + first + i].g, s[i].gx += parts[p * c + first + i].gx;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        k.set_grad(grads.set(first + i, s[i], vectors.rstd(first + i)), first + i, plan.fold, c);
+      }
     });
     if constexpr (!Frozen) {
       parallel_items(plan.chunks, plan.work(), true, [&](int64_t chunk) {
@@ -368,15 +447,16 @@ void backward(const Shape& shape, const T* grad, const T* x, const T* out, T* gr
   parallel_items(plan.groups, plan.work(), false, [&](int64_t group) {
     const Region region = plan.region(group);
     const int64_t w = plan.width;
-    A memory[kLanes * Lanes<A>::kVectors], sum[kLanes] = {}, sum_x[kLanes] = {};
-    const Lanes<A> k(memory, kLanes);
-    for (int64_t j = 0; j < plan.channels(group); ++j) k.set(vectors, group * plan.group + j, j * w, (j + 1) * w, 1);
-    region.each(false, [&](int64_t i, Tile t) { sum_tile(i, t, k, 0, sum, sum_x); });
+    A memory[kPlaneLanes * Lanes<A>::kVectors];
+    const Lanes<A> k(memory, kPlaneLanes);
+    for (int64_t j = 0; j < plan.channels(group); ++j) k.set(vectors, group * plan.group + j, j * w, w, 1);
+    double sum[kPlaneLanes], sum_x[kPlaneLanes];
+    plan.channel_sums<A>(group, sum, sum_x, [&](const Region& part, A* g, A* gx) {
+      part.each(false, [&](int64_t i, Tile t) { sum_tile(i, t, k, 0, g, gx); });
+    });
     for (int64_t j = 0; j < plan.channels(group); ++j) {
       const int64_t c = group * plan.group + j;
-      const GradSums s{fold_sum(sum + j * w, w), fold_sum(sum_x + j * w, w)};
-      const auto [k1, k2] = grads.set(c, s, vectors.rstd(c));
-      k.set_grad(k1, k2, j * w, (j + 1) * w, 1);
+      k.set_grad(grads.set(c, {sum[j], sum_x[j]}, vectors.rstd(c)), j * w, w, 1);
     }
     if constexpr (!Frozen) region.each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, 0); });
   });
