@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-import venv
 from dataclasses import dataclass, field
 from importlib.metadata import distribution, distributions
 from pathlib import Path
@@ -74,9 +73,7 @@ def link_packages(target: Path, *names: str) -> None:
             if not requirement.marker or requirement.marker.evaluate({"extra": ""}):
                 wanted.append(requirement.name)
         origin = Path(str(distribution(name).locate_file("")))
-        for top in {
-            file.parts[0] for file in distribution(name).files or [] if file.parts[0] not in ("..", "__pycache__")
-        }:
+        for top in {file.parts[0] for file in distribution(name).files or []} - {"..", "__pycache__"}:
             if not (target / top).exists():
                 (target / top).symlink_to(origin / top)
 
@@ -87,19 +84,18 @@ class Environment:
 
     folder: Path
     variables: dict[str, str] = field(default_factory=dict)
-    system_site_packages: bool = False
+    flags: tuple[str, ...] = ()
+    interpreter: str = sys.executable
 
     def __post_init__(self) -> None:
-        venv.create(self.folder, with_pip=True, system_site_packages=self.system_site_packages)
+        subprocess.run([self.interpreter, "-m", "venv", *self.flags, str(self.folder)], check=True)
         self.python = self.folder / "bin" / "python"
-        self.site_packages = (
-            self.folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-        )
+        (self.site_packages,) = self.folder.glob("lib/python*/site-packages")
 
     def link(self, *names: str) -> Environment:
         print(f"\n  {', '.join(names)} is there already", end="")
-        for name in ("setuptools",) if "setuptools" in names else ():
-            for old in self.site_packages.glob(f"{name}*"):  # the copy that Python 3.11 and older bundle
+        if "setuptools" in names:
+            for old in self.site_packages.glob("setuptools*"):  # the copy that Python 3.11 and older bundle
                 shutil.rmtree(old)
         link_packages(self.site_packages, *names)
         return self
@@ -130,11 +126,8 @@ class Environment:
         """What PROBE reports, from outside the checkout."""
         report = json.loads(self.run("-c", PROBE).splitlines()[-1])
         info = report["info"]
-        print(
-            f"\n  built: {info['built']}; {info['reason'] or info['compiler']}; torch {report['torch']}",
-            end="",
-            flush=True,
-        )
+        made = info["reason"] or info["compiler"]
+        print(f"\n  built: {info['built']}; {made}; torch {report['torch']}", end="", flush=True)
         return report
 
 

@@ -1,7 +1,7 @@
 """One wheel for every torch and Python: made with one torch, used under others, on a machine with no compiler.
 
 Run by `make test-abi`, which makes the wheel first. Each torch is installed with all that it requires, several GB, and
-removed at the end. TORCH_VERSIONS="2.11.0 2.14.1" names them.
+removed at the end. TORCH_VERSIONS="2.11.0 2.14.1" names them; 2.11.0:/path/to/python3.12 asks for another Python.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,8 +51,9 @@ def wheel() -> Path:
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    environment = Environment(tmp_path_factory.mktemp("torch") / "venv")
-    environment.pip_install("--no-cache-dir", f"torch=={request.param}", "tqdm")
+    version, _, interpreter = request.param.partition(":")
+    environment = Environment(tmp_path_factory.mktemp("torch") / "venv", interpreter=interpreter or sys.executable)
+    environment.pip_install("--no-cache-dir", f"torch=={version}", "tqdm")
     yield environment
     shutil.rmtree(environment.folder)
     print()

@@ -5,7 +5,6 @@ Run by `make test-install`. torch, where a scenario wants it, is linked from thi
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -49,7 +48,7 @@ def wheel_tag(environment: Environment) -> str:
 @ISOLATION
 def test_torch_is_there(environment: Environment, source: Path, flags: tuple[str, ...]) -> None:
     environment.link("torch", "tqdm", "setuptools")
-    environment.pip_install(*flags, ".", cwd=source)
+    environment.pip_install(*flags, ".", cwd=source, **({"PIP_NO_INDEX": "1"} if flags else {}))
     assert_built(environment.probe())
     assert wheel_tag(environment).startswith("cp310-abi3-")
     assert "fused_resnet/benchmarks" in environment.run("-c", "import fused_resnet.benchmarks as b; print(b.__file__)")
@@ -90,7 +89,7 @@ def test_torch_is_not_there_yet(environment: Environment, source: Path, flags: t
 def test_torch_in_the_system_site_packages(source: Path, tmp_path: Path) -> None:
     """A virtual environment that sees a torch outside itself, as over a Python that has one."""
     user_base = {"PYTHONUSERBASE": str(tmp_path / "base")}
-    environment = Environment(tmp_path / "venv", user_base, system_site_packages=True)
+    environment = Environment(tmp_path / "venv", user_base, ("--system-site-packages",))
     outside = Path(environment.run("-c", "import site; print(site.getusersitepackages())").strip())
     outside.mkdir(parents=True)
     link_packages(outside, "torch", "tqdm")
@@ -187,8 +186,6 @@ def test_a_torch_that_says_cuda(environment: Environment, source: Path) -> None:
     assert "cuda" not in needed
 
 
-def test_the_checkout_is_left_alone() -> None:
-    """setup.py opens no connection and asks no GPU: there is nothing in it that could."""
+def test_setup_needs_no_network_and_no_gpu() -> None:
     text = (ROOT / "setup.py").read_text()
     assert not any(word in text for word in ("nvidia-smi", "urllib", "requests", "socket", "http"))
-    assert os.access(ROOT / ".ci/run", os.X_OK)
