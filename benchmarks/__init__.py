@@ -1,5 +1,5 @@
 """What `fused-resnet verify` and `fused-resnet bench` run: a plain rival, real input, parity, then times."""
 
+from fused_resnet.cli import RequestError
 
-class RequestError(Exception):
-    """What the user asked for cannot be done; the message is one sentence for them."""
+__all__ = ["RequestError"]

@@ -6,6 +6,7 @@ A result passes where its error is at most twice what torch's own layers make in
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,11 @@ T = TypeVar("T")
 Advance = Callable[[str], None]
 
 
+def _use(row: Comparison) -> float:
+    """The part of its budget that a tensor uses."""
+    return row.ours / row.budget if row.budget else 0.0 if row.ok else math.inf
+
+
 @dataclass
 class Agreement:
     """What was compared for one of ours; `problems` is empty where all is well."""
@@ -46,15 +52,25 @@ class Agreement:
         self.rows += rows
         bad = [row for row in rows if not row.ok]
         if bad:
-            worst = max(bad, key=lambda row: row.ours / (row.budget or 1e-300))
+            worst = max(bad, key=_use)
             self.problems.append(
                 f"{len(bad)} of {len(rows)} tensors outside the error budget, the worst {worst.name}: relative error "
                 f"{worst.ours:.1e}, allowed {worst.budget:.1e}"
             )
 
     def as_dict(self) -> dict[str, Any]:
-        rows = [row._asdict() for row in self.rows]
-        return {"mode": self.mode, "ok": self.ok, "problems": self.problems, **self.facts, "tensors": rows}
+        """For JSON: of the tensors the worst of each kind, and those that failed."""
+        shown = [worst for _, _, worst in self.kinds()] + [row for row in self.rows if not row.ok]
+        tensors = [row._asdict() for row in dict.fromkeys(shown)]
+        counts = {"compared": len(self.rows), "within_budget": sum(row.ok for row in self.rows)}
+        return {"mode": self.mode, "ok": self.ok, "problems": self.problems, **self.facts, **counts, "tensors": tensors}
+
+    def kinds(self) -> list[tuple[str, list[Comparison], Comparison]]:
+        """(kind, its rows, the one that uses the largest part of its budget), for each kind of tensor."""
+        groups: dict[str, list[Comparison]] = {}
+        for row in self.rows:
+            groups.setdefault(row.name.split(" ")[0], []).append(row)
+        return [(kind, rows, max(rows, key=_use)) for kind, rows in groups.items()]
 
 
 def _attempt(result: Agreement, compute: Callable[[], T]) -> T | None:
@@ -184,24 +200,18 @@ def lines(result: Agreement, model: str) -> list[str]:
     what = "inference" if result.mode == "infer" else "training"
     out = [f"parity {'ok' if result.ok else 'FAILED'}: {title(result.name, model)}, {what}"]
     facts = result.facts
-    if result.mode == "infer" and result.rows:
-        row = result.rows[0]
+    labels = {"logits": "logits", "loss": "loss", "gradient": "gradients", "buffer": "statistics"}
+    if "max_abs" in facts:
         out += [
-            f"  logits      largest difference {facts['max_abs']:.1e}, relative {facts['relative']:.1e} over "
-            f"{facts['crops']} crops; against float64 {row.ours:.1e}, torch's own {row.torch:.1e}, "
-            f"allowed {row.budget:.1e}",
             f"  top-1       {facts['agree']} of {facts['crops']} crops agree; {facts['classes']} classes occur"
             + (f"; {facts['near_ties']} differ within torch's own error" if facts["near_ties"] else ""),
+            f"  logits      largest difference {facts['max_abs']:.1e}, relative {facts['relative']:.1e}, on all crops",
         ]
-    elif result.rows:
-        kinds = {"loss": "loss", "gradient": "gradients", "buffer": "statistics"}
-        for kind, label in kinds.items():
-            rows = [row for row in result.rows if row.name.split(" ")[0] == kind]
-            if rows:
-                worst = max(rows, key=lambda row: row.ours / row.budget if row.budget else 0.0 if row.ok else 1e300)
-                out.append(
-                    f"  {label:<11} {sum(row.ok for row in rows)} of {len(rows)} within the error budget; worst "
-                    f"{worst.name.removeprefix(kind + ' ')}: {worst.ours:.1e}, torch's own {worst.torch:.1e}, "
-                    f"allowed {worst.budget:.1e}"
-                )
+    for kind, rows, worst in result.kinds():
+        count = "" if kind in ("logits", "loss") else f"{sum(row.ok for row in rows)} of {len(rows)} in budget; worst "
+        name = "" if kind in ("logits", "loss") else f"{worst.name.removeprefix(kind + ' ')} "
+        out.append(
+            f"  {labels[kind]:<11} {count}{name}{worst.ours:.1e} from float64 (torch {worst.torch:.1e}, "
+            f"allowed {worst.budget:.1e})"
+        )
     return out + [f"  problem     {problem}" for problem in result.problems]

@@ -29,14 +29,18 @@ def draw(document: dict[str, Any], kind: str) -> bytes:
 
 def _panel(axes: Any, result: dict[str, Any]) -> None:
     rows = [row for row in result["rows"] if "median_ms" in row]
-    baseline = rows[0]
+    baseline = next((row for row in rows if not row["ours"]), rows[0])
     for index, row in enumerate(rows):
         rate = row["images_per_s"]
         fast, slow = (result["batch"] / ms * 1e3 for ms in row["quartiles_ms"])
         error = [[max(rate - slow, 0)], [max(fast - rate, 0)]]
         axes.barh(index, rate, color=OURS if row["ours"] else THEIRS, height=0.7, xerr=error, ecolor=INK, capsize=3)
         speedup = baseline["speedup"].get(row["name"])
-        note = f"{rate:.3g}" + (f"  ({speedup['median']:.2f}x {baseline['name']})" if row["ours"] and speedup else "")
+        note = f"{rate:.3g}" + (
+            f"  ({speedup['median']:.2f}x {baseline['name']})"
+            if speedup and not baseline["ours"] and row["ours"]
+            else ""
+        )
         axes.annotate(note, (max(rate, fast), index), (6, 0), textcoords="offset points", va="center", color=INK)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()

@@ -40,6 +40,10 @@ MODELS = (
 PACKAGE = Path(__file__).resolve().parent
 
 
+class RequestError(Exception):
+    """What the user asked for cannot be done; the message is one sentence for them."""
+
+
 def load_benchmarks(name: str) -> Any:
     """A module of `fused_resnet.benchmarks`: installed, or (from a source tree) the folder beside the package."""
     package = "fused_resnet.benchmarks"
@@ -47,10 +51,10 @@ def load_benchmarks(name: str) -> Any:
         init = PACKAGE.parent / "benchmarks" / "__init__.py"
         spec = importlib.util.spec_from_file_location(package, init, submodule_search_locations=[str(init.parent)])
         if spec is None or spec.loader is None or not init.is_file():
-            raise SystemExit(f"fused-resnet: error: the benchmarks are neither installed nor at {init.parent}")
+            raise RequestError(f"the benchmarks are neither installed nor at {init.parent}")
         sys.modules[package] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return importlib.import_module(f"{package}.{name}" if name else package)
+    return importlib.import_module(f"{package}.{name}")
 
 
 # info
@@ -220,6 +224,7 @@ def _device(text: str) -> torch.device:
         if (device.index or 0) >= count:
             why = "this torch is a CPU build" if torch.version.cuda is None else f"torch sees {count} GPUs"
             raise argparse.ArgumentTypeError(f"device {text} is not available: {why}")
+        device = torch.device("cuda", device.index or 0)
     return device
 
 
@@ -265,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
     common = _Parser(add_help=False)
     add = common.add_argument
     add("--model", choices=MODELS, default="resnet50", metavar="M", help=f"one of {', '.join(MODELS)} (resnet50)")
-    add("--device", type=_device, default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
+    add("--device", type=_device, default=torch.device("cpu"), metavar="D", help="cpu, cuda or cuda:N (cpu)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="fp32, or bf16 by autocast (fp32)")
     add("--size", type=_at_least(32), default=224, metavar="N", help="height and width of the images (224)")
     add("--image", nargs="+", default=[], metavar="FILE", help="photographs to use instead of the bundled ones")
@@ -299,16 +304,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fused-resnet: interrupted", file=sys.stderr)
         return 130
-    except dispatch.BackendUnavailableError as error:
+    except (RequestError, dispatch.BackendUnavailableError) as error:
         message = str(error)
     except (MemoryError, torch.OutOfMemoryError):
         message = "out of memory: try a smaller --batch or --size, or another --model"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit's flush fails too
         return 0
-    except Exception as error:
-        if "fused_resnet.benchmarks" not in sys.modules or not isinstance(error, load_benchmarks("").RequestError):
-            raise
-        message = str(error)
     print(f"fused-resnet: error: {message}", file=sys.stderr)
     return 2

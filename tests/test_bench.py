@@ -18,9 +18,8 @@ from torch import nn
 import fused_resnet
 from fused_resnet import dispatch, modules
 from fused_resnet.backends import cpp, library, reference
-from fused_resnet.cli import load_benchmarks
+from fused_resnet.cli import RequestError, load_benchmarks
 
-RequestError = load_benchmarks("").RequestError
 agreement, bench, files, harness, photographs, plain, realistic, rivals = map(
     load_benchmarks,
     ("agreement", "bench_resnet", "files", "harness", "photographs", "plain_resnet", "realistic", "rivals"),

@@ -179,6 +179,16 @@ def test_bench_prints_parity_then_times_and_writes_both_files(
         assert min(image.size) > 300
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_bench_on_a_gpu(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    peers = "eager,channels_last,compile"
+    result = Result(capsys, "bench", *TINY, "--device", "cuda", "--dtype", dtype, "--batch", "16", "--peers", peers)
+    assert result.code == 0, (result.out, result.err)
+    assert "not available" not in result.out
+
+
 def _raise(error: BaseException) -> Any:
     raise error
 
