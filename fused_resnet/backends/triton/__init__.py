@@ -32,6 +32,7 @@ _MODULES = {
     "conv_bias_act_forward": "conv",
     "conv_bn_act_forward": "conv",
 }
+PRIMITIVES = tuple(_MODULES)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (3, 6)
 _LEAST_CAPABILITY = (8, 0)
