@@ -153,6 +153,26 @@ def assert_trains_as(ours: nn.Module, theirs: nn.Module, x: Tensor | None = None
     assert_same_step(step(ours, x.double(), **kwargs), step(theirs, x.double(), **kwargs))
 
 
+# How many conv + BN units one call of a primitive stands for: in training, with given statistics, in inference.
+TRAINING = {
+    "bn_act_train_forward": 1,
+    "second_moments": 1,
+    "bn_bn_act_train_forward": 2,
+    "bn_act_pool_train_forward": 1,
+}
+GIVEN = {"bn_act_eval_forward": 1, "conv_bias_act_forward": 1, "bn_act_pool_eval_forward": 1}
+INFERENCE = {"conv_bias_act_forward": 1, "conv_bn_act_forward": 1}
+
+
+def units_run(ran: Mapping[str, int], weights: Mapping[str, int]) -> int:
+    """The units that ran fused, of what `primitives` counted."""
+    return sum(count * weights.get(primitive, 0) for primitive, count in ran.items())
+
+
+def units_of(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
 @contextlib.contextmanager
 def primitives(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Counts, per primitive, the functions that `dispatch` hands out within the block: what ran fused."""
