@@ -198,20 +198,20 @@ def train_agreement(job: Job, ours: list[Rival], advance: Advance) -> list[Agree
 def lines(result: Agreement, model: str) -> list[str]:
     """The comparison in words, one fact a line."""
     what = "inference" if result.mode == "infer" else "training"
-    out = [f"parity {'ok' if result.ok else 'FAILED'}: {title(result.name, model)}, {what}"]
+    out = [f"parity {'ok' if result.ok else 'FAILED'}: {title(result.name, model)}, {what} (errors against float64)"]
     facts = result.facts
-    labels = {"logits": "logits", "loss": "loss", "gradient": "gradients", "buffer": "statistics"}
     if "max_abs" in facts:
         out += [
             f"  top-1       {facts['agree']} of {facts['crops']} crops agree; {facts['classes']} classes occur"
             + (f"; {facts['near_ties']} differ within torch's own error" if facts["near_ties"] else ""),
-            f"  logits      largest difference {facts['max_abs']:.1e}, relative {facts['relative']:.1e}, on all crops",
+            f"  all logits  differ from torch's by up to {facts['max_abs']:.1e}, relative {facts['relative']:.1e}",
         ]
+    labels = {"logits": "logits", "loss": "loss", "gradient": "gradients", "buffer": "statistics"}
     for kind, rows, worst in result.kinds():
-        count = "" if kind in ("logits", "loss") else f"{sum(row.ok for row in rows)} of {len(rows)} in budget; worst "
-        name = "" if kind in ("logits", "loss") else f"{worst.name.removeprefix(kind + ' ')} "
-        out.append(
-            f"  {labels[kind]:<11} {count}{name}{worst.ours:.1e} from float64 (torch {worst.torch:.1e}, "
-            f"allowed {worst.budget:.1e})"
-        )
+        text = f"{worst.ours:.1e} (torch {worst.torch:.1e}, allowed {worst.budget:.1e})"
+        if kind in ("gradient", "buffer"):
+            good, largest = sum(row.ok for row in rows), max(row.max_abs for row in rows)
+            text = f"{good} of {len(rows)} in budget, worst {worst.name.removeprefix(kind + ' ')} {text}"
+            text += f"; up to {largest:.1e} from torch's"
+        out.append(f"  {labels[kind]:<11} {text}")
     return out + [f"  problem     {problem}" for problem in result.problems]

@@ -214,9 +214,9 @@ def time_all(request: Request, job: Job) -> dict[str, Any]:
             row |= {"median_ms": mid, "quartiles_ms": [low, high], "images_per_s": batch / mid * 1e3}
             row |= {"first_call_ms": entry.first_ms, "runs_ms": entry.ms}
             row["speedup"] = {
-                our_name: dict(zip(("median", "low", "high"), harness.ratio(entry, our), strict=True))
+                our_name: dict(zip(("median", "low", "high"), ratio, strict=True))
                 for our_name, our in ours.items()
-                if our_name != name and harness.ratio(entry, our) is not None
+                if our_name != name and (ratio := harness.ratio(entry, our)) is not None
             }
         else:
             row["not_available"] = entry.reason or "interrupted before its first timed run"
