@@ -3,7 +3,6 @@ block (He et al. 2015, fig. 2). The backward formulas stand in `fused_resnet.bac
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from fused_resnet.ops.add_relu import add_relu
 from fused_resnet.ops.checks import (
     as_layout,
     check_activation,
+    check_batch_statistics,
     check_channels,
     check_input,
     check_momentum,
@@ -88,11 +88,7 @@ def bn_act(
         check_shape("bn_act", "residual", residual, x.shape)
     if training:
         check_momentum("bn_act", momentum, x)
-        # torch's own sentences
-        if x.shape[0] * math.prod(x.shape[2:]) == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        if eps <= 0:
-            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+        check_batch_statistics(x, eps)
     elif running_mean is None or running_var is None:
         raise ValueError("bn_act: without training, running_mean and running_var are needed, got None")
 

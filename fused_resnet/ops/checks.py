@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,6 +61,14 @@ def check_momentum(op: str, momentum: Any, x: Tensor) -> None:
             raise ValueError(f"{op}: momentum must be a float or a 0-d tensor on {x.device}, got {got}")
     elif not isinstance(momentum, (int, float, torch.SymFloat)):
         raise TypeError(f"{op}: momentum must be a float or a 0-d tensor, got {type(momentum).__name__}")
+
+
+def check_batch_statistics(x: Tensor, eps: float) -> None:
+    """x can be normalised with its own statistics. In torch's own sentences."""
+    if x.shape[0] * math.prod(x.shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    if eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
 
 
 def pair(op: str, name: str, value: Any, least: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_resnet import dispatch
 from fused_resnet.folding import accumulate_dtype, fold, update_running_stats
-from fused_resnet.ops.checks import as_layout, autocast_dtype
+from fused_resnet.ops.checks import as_layout, autocast_dtype, check_batch_statistics
 
 
 class Unit(NamedTuple):
@@ -137,6 +137,7 @@ def _normalised(
 ) -> tuple[Tensor, _State]:
     """act(bn(y) + residual), the statistics taken from y or given."""
     if unit.training:
+        check_batch_statistics(y, unit.eps)
         running = (unit.running_mean, unit.running_var)
         args = (unit.gamma, unit.beta, *running, residual, unit.momentum, unit.eps, activation)
         out, mean, var = dispatch.call("bn_act_train_forward", y, *args, backend=backend)
@@ -168,6 +169,7 @@ def _gram_forward(
         state = _State(None, mean, var)  # type: ignore[arg-type]
         folded, shift = fold(unit.weight, None, unit.gamma, unit.beta, mean, var, unit.eps)  # type: ignore[arg-type]
     else:
+        check_batch_statistics(a, unit.eps)
         rows = _rows(a)
         mu, moments = dispatch.call("second_moments", rows, backend=backend)
         count = rows.shape[0]
@@ -343,8 +345,19 @@ def _backward(
     flat: list[Tensor | None] = []
     for unit, values in zip(spec.units, grads, strict=True):
         for parameter, value in zip((unit.weight, unit.gamma, unit.beta), values, strict=True):
-            flat.append(None if parameter is None or value is None else value.to(parameter.dtype))
+            flat.append(None if parameter is None or value is None else _as_gradient(value, parameter))
     return da if needs_x else None, flat
+
+
+def _as_gradient(value: Tensor, parameter: Tensor) -> Tensor:
+    """The value in the parameter's dtype and strides, which DistributedDataParallel compares (1x1 weights in
+    channels_last have the memory of NCHW ones, but other strides)."""
+    value = value.to(parameter.dtype)
+    if value.stride() == parameter.stride():
+        return value
+    if value.shape[2:] == (1, 1) and value.is_contiguous() and parameter.is_contiguous():
+        return value.as_strided(parameter.shape, parameter.stride())
+    return torch.empty_like(parameter).copy_(value)
 
 
 def _with_output(state: _State, unit: Unit, a: Tensor) -> _State:
