@@ -86,12 +86,26 @@ def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
     return (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
 
 
+def _has_pairs(conv: nn.Conv2d) -> bool:
+    """Whether the geometry is as nn.Conv2d makes it, pairs; set by hand it may be ints, which torch takes as well."""
+    return type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple
+
+
+def _fits(bn: nn.BatchNorm2d, weight: Tensor) -> bool:
+    """Whether BN's vectors are of the size and of a type that go with a conv's weight; where not, ops refuse them."""
+    shape, dtypes = weight.shape[:1], (weight.dtype, torch.float32 if weight.dtype.itemsize == 2 else weight.dtype)
+    vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    return all(v is None or (v.shape == shape and v.dtype in dtypes) for v in vectors)
+
+
 class FusedModule(nn.Module):
     """Base of the modules that run conv, BN, residual and activation fused.
 
     A unit is fused only while each child it bypasses is exactly the torch module of its kind, without hooks; checked
     at every call. `fused_resnet.restore` switches fusion off.
     """
+
+    _adds_in_place = False  # the sum has the conv's dtype, not the promoted one, where autocast makes them differ
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,6 +155,8 @@ class FusedModule(nn.Module):
         conv, bn = cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)
         activation = None if act is None else "relu"
         training = _uses_batch_statistics(bn)
+        if residual is not None and self._adds_in_place:
+            residual = residual.to(autocast_dtype(x) or residual.dtype)
         inference = not training and not needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias, residual)
         if inference and not is_traced(x):
             y = self._infer(name, x, conv, bn, activation, residual)
@@ -192,7 +208,7 @@ class FusedModule(nn.Module):
         elif x.dtype != weight.dtype:
             return None
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        if not all(type(size) is tuple for size in geometry[:3]):  # changed by hand, to an int perhaps
+        if not _has_pairs(conv):
             return None
         out_shape = conv_output_shape(x, weight, conv.stride, cast("tuple[int, ...]", conv.padding), conv.dilation)
         if min(out_shape[2:]) < 1:
@@ -347,6 +363,7 @@ class _Block(FusedModule):
     """A residual block: units in a row, the last one adding the shortcut. Subclasses name them in `_UNITS`."""
 
     expansion = 1
+    _adds_in_place = True
     memory = "balanced"  # or "low", "fast": see `ResNet`
     _UNITS: tuple[tuple[str, str], ...]
     downsample: nn.Module | None
@@ -397,10 +414,15 @@ class _Block(FusedModule):
             return False
         if self.unfused() or not dispatch.is_fused("bn_act", x.device.type):
             return False
-        convs = [cast(nn.Conv2d, conv) for conv, _, _ in self.units().values()]
-        dtype = x.dtype if autocast_dtype(x) is None else convs[0].weight.dtype
+        pairs = [(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)) for conv, bn, _ in self.units().values()]
+        dtype = x.dtype if autocast_dtype(x) is None else pairs[0][0].weight.dtype
         return all(
-            conv.bias is None and conv.weight.dtype == dtype and conv.weight.device == x.device for conv in convs
+            conv.bias is None
+            and conv.weight.dtype == dtype
+            and conv.weight.device == x.device
+            and _has_pairs(conv)
+            and _fits(bn, conv.weight)
+            for conv, bn in pairs
         )
 
     def _whole(self, x: Tensor) -> Tensor:
