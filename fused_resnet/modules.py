@@ -200,7 +200,7 @@ class FusedModule(nn.Module):
     ) -> Tensor | None:
         """The unit with kept folded weights; None where the backend does not fold, or for the op to refuse."""
         weight = conv.weight
-        if x.dim() != 4 or x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device:
+        if not x.dim() == weight.dim() == 4 or x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device:
             return None
         dtype = autocast_dtype(x)
         if dtype is not None:

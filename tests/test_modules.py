@@ -481,6 +481,75 @@ def test_changed_children(torchvision: ModuleType, change: str) -> None:
         assert len(found) <= 3, "no other block pays for it"
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_geometry_changed_by_hand(torchvision: ModuleType, layout: torch.memory_format) -> None:
+    """Ints, where nn.Conv2d itself makes pairs."""
+    models = []
+    for kind in (fr.BasicBlock, torchvision.models.resnet.BasicBlock):
+        block = kind(8, 8)
+        randomise(block)
+        nn.init.normal_(block.conv1.weight, generator=torch.Generator().manual_seed(0))
+        nn.init.normal_(block.conv2.weight, generator=torch.Generator().manual_seed(1))
+        block.conv1.stride, block.conv1.padding = 1, 2
+        block.conv1.dilation = (2, 2)
+        block.conv2.padding, block.conv2.dilation = 3, 3
+        models.append(block)
+    x = images(3, 8, 9, 9).contiguous(memory_format=layout)
+    assert_trains_as(*models, x)
+    assert_infers_as(*(model.eval() for model in models), x)
+
+
+MISFITS: dict[str, Callable[[Any], Any]] = {
+    "short bn1": lambda block: setattr(block, "bn1", nn.BatchNorm2d(1)),
+    "short bn2": lambda block: setattr(block, "bn2", nn.BatchNorm2d(4)),
+    "long bn2": lambda block: setattr(block, "bn2", nn.BatchNorm2d(9)),
+    "short running_mean": lambda block: setattr(block.bn2, "running_mean", torch.zeros(3)),
+    "short gamma": lambda block: setattr(block.bn2, "weight", nn.Parameter(torch.ones(1))),
+    "double bn": lambda block: block.bn1.double(),
+    "half bn": lambda block: block.bn1.half(),
+    "double conv": lambda block: block.conv2.double(),
+    "short conv": lambda block: setattr(block.conv1, "weight", nn.Parameter(torch.ones(8, 4, 3, 3))),
+    "flat conv": lambda block: setattr(block.conv1, "weight", nn.Parameter(torch.ones(8, 8))),
+    "stride": lambda block: setattr(block.conv2, "stride", (2, 2)),
+    "padding": lambda block: setattr(block.conv2, "padding", (0, 0)),
+    "kernel larger than image": lambda block: setattr(block.conv2, "dilation", (9, 9)),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
+@pytest.mark.parametrize("mode", ["train", "eval", "graded"])
+def test_children_that_do_not_fit(torchvision: ModuleType, misfit: str, kind: str, mode: str) -> None:
+    """Torch raises; ours must too, never crash or broadcast."""
+    for package in (fr, torchvision.models.resnet):
+        block = getattr(package, kind)(8 * getattr(package, kind).expansion, 8)
+        MISFITS[misfit](block)
+        block.train(mode == "train")
+        x = images(2, 8 * block.expansion, 6, 6).contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(mode != "eval"), pytest.raises((ValueError, TypeError, RuntimeError)):
+            block(x)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_dtypes_of_a_block_under_autocast(
+    torchvision: ModuleType, dtype: torch.dtype, layout: torch.memory_format, train: bool, grad: bool
+) -> None:
+    """Torchvision adds in place, so that a block's output has the convs' type whatever comes in."""
+    outputs = []
+    for package in (fr, torchvision.models.resnet):
+        torch.manual_seed(0)
+        block = package.BasicBlock(8, 8).train(train)
+        block = block.double() if dtype == torch.float64 else block
+        x = images(2, 8, 9, 9, dtype=dtype).contiguous(memory_format=layout)
+        with torch.set_grad_enabled(grad), torch.autocast("cpu"):
+            outputs.append(block(x).detach())
+    assert outputs[0].dtype == outputs[1].dtype
+    assert relative(*outputs) < (1e-12 if dtype == torch.float64 else 2e-2)
+
+
 def test_a_subclass_of_the_block(torchvision: ModuleType) -> None:
     """Squeeze and excitation in a subclass's forward, written against torchvision's attribute names."""
 

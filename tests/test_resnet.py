@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fused_resnet as fr
+from fused_resnet import plans
 from fused_resnet.convert import unfused_units
 
 FAMILY = (
@@ -252,6 +253,41 @@ def test_options(torchvision: ModuleType, option: str) -> None:
     assert_infers_as(ours.eval(), theirs.eval(), images(2, 3, 40, 40))
 
 
+@pytest.mark.parametrize("memory", ["balanced", "low", "fast"])
+def test_memory(memory: str) -> None:
+    """It reaches every block; what is kept for backward shrinks; results are those of torch."""
+    model = fr.ResNet(fr.Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, width_per_group=16, memory=memory)
+    blocks = [module for module in model.modules() if isinstance(module, fr.Bottleneck)]
+    assert {block.memory for block in blocks} == {memory}
+    assert {block.memory for block in copy.deepcopy(blocks)} == {memory}
+    randomise(model)
+    assert_trains_as(model, fr.restore(copy.deepcopy(model)), images(4, 3, 64, 64))
+
+
+def test_memory_saves_memory() -> None:
+    kept = {}
+    for memory in ("low", "balanced", "fast"):
+        torch.manual_seed(0)
+        block = fr.BasicBlock(32, 32)
+        block.memory = memory
+        total: list[int] = []
+
+        def count(t: Tensor, total: list[int] = total) -> Tensor:
+            total.append(t.untyped_storage().nbytes())
+            return t
+
+        x = images(4, 32, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            block(x).sum().backward()
+        kept[memory] = sum(total)
+    assert kept["low"] < kept["balanced"] < kept["fast"]
+
+
+def test_unknown_memory() -> None:
+    with pytest.raises(ValueError, match="memory"):
+        fr.resnet18(memory="none")
+
+
 @pytest.mark.parametrize("name", ["basic", "bottleneck"])
 def test_zero_init_residual(torchvision: ModuleType, name: str) -> None:
     block, layers, options = SMALL[name]
@@ -279,7 +315,7 @@ def test_in_channels(torchvision: ModuleType, channels: int) -> None:
 
 # Inference
 
-INFERENCE = {
+EVALUATION = {
     "net": tuple(SMALL),
     "dtype": (torch.float32, torch.bfloat16, torch.float64, torch.float16, "autocast"),
     "shape": ((1, 3, 32, 32), (2, 3, 33, 65), (1, 3, 97, 97), (3, 3, 64, 48)),
@@ -299,7 +335,7 @@ def _arranged(x: Tensor, layout: str) -> Tensor:
     return x[:, :1].expand_as(x) if layout == "expanded" else x
 
 
-@pytest.mark.parametrize("case", grid(INFERENCE))
+@pytest.mark.parametrize("case", grid(EVALUATION))
 def test_inference(torchvision: ModuleType, case: dict[str, Any]) -> None:
     ours, theirs = (model.eval() for model in twins(torchvision, case["net"]))
     dtype = case["dtype"]
@@ -391,6 +427,8 @@ TRAINING = {
     "layout": ("nchw", "channels_last", "sliced"),
     "bn": ("batch", "frozen", "some frozen", "eval", "cumulative", "untracked", "zero momentum"),
     "weights": ("nchw", "channels_last"),
+    "memory": ("balanced", "low", "fast"),
+    "gram": ("as planned", "always"),
 }
 
 
@@ -411,9 +449,16 @@ def _set_bn(model: nn.Module, how: str) -> None:
 
 
 @pytest.mark.parametrize("case", grid(TRAINING))
-def test_training_step_in_float64(torchvision: ModuleType, case: dict[str, Any]) -> None:
+def test_training_step_in_float64(
+    torchvision: ModuleType, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
+) -> None:
     """Outputs, every gradient, running statistics and num_batches_tracked, two steps in a row."""
+    if case["gram"] == "always":
+        monkeypatch.setitem(plans.GRAM_PIXELS_PER_CHANNEL, "cpu", 0.0)
     ours, theirs = (model.double() for model in twins(torchvision, case["net"]))
+    for module in ours.modules():
+        if isinstance(module, (fr.BasicBlock, fr.Bottleneck)):
+            module.memory = case["memory"]
     for model in (ours, theirs):
         _set_bn(model, case["bn"])
     if case["weights"] == "channels_last":

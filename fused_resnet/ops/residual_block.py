@@ -28,7 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from fused_resnet import dispatch
 from fused_resnet.folding import accumulate_dtype, fold, update_running_stats
-from fused_resnet.ops.checks import as_layout, autocast_dtype, check_batch_statistics
+from fused_resnet.ops.checks import as_layout, autocast_dtype, check_batch_statistics, check_shape
+from fused_resnet.ops.conv_bias_act import conv_output_shape
 
 
 class Unit(NamedTuple):
@@ -269,6 +270,9 @@ def _forward(x: Tensor, spec: _Spec) -> tuple[Tensor, list[_State], Plan]:
         states.append(state)
 
     def run(a: Tensor, unit: Unit, gram: bool, residual: Tensor | None, activation: str | None) -> tuple[Any, bool]:
+        if residual is not None:
+            shape = conv_output_shape(a, unit.weight, unit.stride, unit.padding, unit.dilation)
+            check_shape("residual_block", "the shortcut", residual, shape)
         result = _gram_forward(_sampled(a, unit), unit, residual, activation, spec.backend) if gram else None
         if result is not None:
             return result, True
