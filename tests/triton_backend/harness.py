@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import tolerances
 import torch
 from torch import Tensor
 
-from fused_resnet import parity
 from fused_resnet.backends.triton import runtime
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,10 +63,14 @@ def assert_guards(*tensors: Tensor) -> None:
         assert around.isnan().all(), "a kernel wrote outside a tensor"
 
 
-def assert_close(name: str, ours: Tensor, plain: Tensor, exact: Tensor, granted: float = 0.0) -> None:
-    """`fused_resnet.parity`'s error budget, and the strides of `plain`."""
-    row = parity.compare(name, ours, plain, exact, granted=granted)
-    assert row.ok, row
+def assert_close(name: str, ours: Tensor, plain: Tensor, exact: Tensor, scale: float | None = None) -> None:
+    """The error budget of tests/tolerances.py, per channel in the max-norm, and the strides of `plain`.
+
+    `scale` is the size of what was added up on the way (default: of the largest result).
+    """
+    if scale is None:
+        scale = exact.abs().max().item() if exact.numel() else 0.0
+    tolerances.assert_in_budget(name, ours, plain, exact, scale)
     strides = [(a, b) for a, b, size in zip(ours.stride(), plain.stride(), ours.shape, strict=True) if size > 1]
     assert all(a == b for a, b in strides), f"{name}: strides {ours.stride()}, expected {plain.stride()}"
 

@@ -9,6 +9,7 @@ from harness import DTYPES, assert_guards, guarded, track
 from fused_resnet.backends import reference
 from fused_resnet.backends import triton as backend
 
+pytestmark = pytest.mark.usefixtures("poison")
 SHAPES = [
     pytest.param((2, 64, 8, 8), id="whole-blocks"),
     pytest.param((1, 3, 7, 5), id="one-part-block"),

@@ -15,6 +15,9 @@ from fused_resnet.backends import triton as backend
 from fused_resnet.backends.triton import configs, stem
 
 EPS = 1e-5
+pytestmark = pytest.mark.usefixtures("poison")
+# The size of what is added up on the way to a result; sums over rows grow with the root of the number of rows.
+SCALES = {"grad gamma": 100, "grad beta": 50, "grad x": 40}
 SHAPES = {
     "even": (2, 64, 16, 12),
     "odd, ragged": (1, 67, 13, 15),
@@ -81,7 +84,7 @@ def test_equals_torch(training, activation, affine, shape, dtype, layout):
     statistics = (mean.float(), var.float()) if training else running
     y = reference.bn_act_eval_forward(*double(x, gamma, beta, *statistics), None, EPS, activation)
     values = torch.empty_like(results["plain"]["out"]).copy_(chosen(y, ours))
-    assert_close("chosen", values, results["plain"]["out"], results["exact"]["out"])
+    assert_close("chosen", values, results["plain"]["out"], results["exact"]["out"], 10)
     for name, module in (("ours", backend), ("plain", reference), ("exact", reference)):
         args = [grad, offsets, x, gamma, beta, *statistics]
         args = double(*args) if name == "exact" else args
@@ -89,8 +92,8 @@ def test_equals_torch(training, activation, affine, shape, dtype, layout):
             grads = module.bn_act_pool_backward(*args, EPS, activation, training)
         results[name] |= dict(zip(("grad x", "grad gamma", "grad beta"), grads, strict=True))
     for name, value in results["ours"].items():
-        granted = 0.0 if value.dim() == 4 else 1e-6
-        assert_close(name, value, results["plain"][name], results["exact"][name], granted=granted)
+        scale = SCALES.get(name, 10)
+        assert_close(name, value, results["plain"][name], results["exact"][name], scale)
     assert_guards(*(t for t in (x, grad, gamma, beta, *running) if t is not None))
 
 
