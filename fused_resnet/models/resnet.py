@@ -153,6 +153,8 @@ def _build(
             DeprecationWarning,
             stacklevel=3,
         )
+        if "pretrained" in kwargs and weights is not None:
+            raise TypeError(f"{name}: give `weights` or `pretrained`, not both")
         pretrained = kwargs.pop("pretrained", weights)
         weights = "IMAGENET1K_V1" if pretrained else None
     if weights is None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +37,11 @@ def _state_dict(name: str, weights: Any, progress: bool) -> dict[str, Tensor]:
             f"got {type(weights).__name__}"
         )
     text = os.fspath(weights)
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: weights must be a path in text, got {text!r}")
+    if text.lower().startswith("file://"):  # never through torch.hub, which caches by file name alone
+        weights = Path(url2pathname(urlsplit(text).path))
+        text = str(weights)
     if "://" in text:
         return _unwrapped(
             name,
@@ -48,7 +56,7 @@ def _state_dict(name: str, weights: Any, progress: bool) -> dict[str, Tensor]:
     path = Path(text)
     if path.is_file():
         return _unwrapped(name, _safely(name, text, lambda: torch.load(path, map_location="cpu", weights_only=True)))
-    if (isinstance(weights, os.PathLike) or path.suffix or len(path.parts) > 1) and "_Weights." not in text:
+    if (isinstance(weights, os.PathLike) or path.suffix or os.path.dirname(text)) and "_Weights." not in text:
         raise FileNotFoundError(f"{name}: no weights file at {text!r}")
     return _published(name, text, progress)
 
@@ -87,6 +95,11 @@ def _safely(name: str, source: str, read: Callable[[], Any]) -> Any:
             f"{name}: {source!r} is refused: it holds more than tensors (or is no torch file); "
             "save a plain state dict with torch.save(model.state_dict(), path)"
         ) from error
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # what a truncated archive gives
+            raise ValueError(f"{name}: {source!r} is not a readable state dict: {error}") from error
+        kind = type(error) if type(error).__module__ == "builtins" else OSError
+        raise kind(f"{name}: {source!r} cannot be read: {error}") from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{name}: {source!r} is not a readable state dict: {error}") from error
 
@@ -96,7 +109,9 @@ def _unwrapped(name: str, loaded: Any) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+    ):
         raise ValueError(f"{name}: expected a state dict (names to tensors), got {type(loaded).__name__}")
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
@@ -104,7 +119,7 @@ def _unwrapped(name: str, loaded: Any) -> dict[str, Tensor]:
 def _compare(name: str, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """One sentence about what differs; the argument to change comes first."""
     for key, argument, axis in (("fc.weight", "num_classes", 0), ("conv1.weight", "in_channels", 1)):
-        if key in state and key in expected and state[key].shape != expected[key].shape:
+        if key in state and key in expected and state[key].dim() == expected[key].dim():
             sides = state[key].shape[axis], expected[key].shape[axis]
             if sides[0] != sides[1]:
                 raise ValueError(f"{name}: the weights have {argument}={sides[0]}, the model {argument}={sides[1]}")
