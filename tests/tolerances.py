@@ -116,16 +116,17 @@ def doubled(t: Tensor | None, *, leaf: bool = False) -> Tensor | None:
 
 
 def arrange(t: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout.
+    """A copy of the same values in another memory layout, without history.
 
     "nchw"; "channels_last" (5-d: channels_last_3d; 2-d and 3-d: the channel is innermost, for which torch has no name);
     "sliced": every other element of a larger NCHW tensor's last dimension; "sliced_channels": a part of the channels of
     a channels_last tensor; "transposed": the first dimension innermost.
     """
+    t = t.detach()
     if layout == "nchw":
-        return t.contiguous()
+        return t.clone(memory_format=torch.contiguous_format)
     if layout == "channels_last":
-        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+        return t.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
     if layout == "sliced":
         larger = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), 1e4)
         larger[..., 1::2] = t
@@ -135,7 +136,7 @@ def arrange(t: Tensor, layout: str) -> Tensor:
         larger[:, : t.shape[1]] = t
         return larger[:, : t.shape[1]]
     if layout == "transposed":
-        return t.movedim(0, -1).contiguous().movedim(-1, 0)
+        return t.movedim(0, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 0)
     raise AssertionError(layout)
 
 
@@ -192,3 +193,8 @@ def exact_conv2d(
             y = y + torch.einsum("ngchw,gkc->ngkhw", window, taps[..., r, c])
     y = y.flatten(1, 2)
     return y if bias is None else y + columns(bias, y)
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Where they mean something: of dimensions of more than one element. Torch accumulates gradients so."""
+    return all(i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1)

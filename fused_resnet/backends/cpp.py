@@ -154,6 +154,11 @@ def bn_act_backward(
     return grad_x, grad_gamma, grad_beta, grad_residual if relu else grad
 
 
+def _like(residual: Tensor, y: Tensor) -> Tensor:
+    """The residual in the strides of y, which torch's conv chose."""
+    return residual if residual.stride() == y.stride() else torch.empty_like(y).copy_(residual)
+
+
 def conv_bias_act_forward(
     x: Tensor,
     weight: Tensor,
@@ -167,7 +172,7 @@ def conv_bias_act_forward(
 ) -> Tensor:
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if activation == "relu" and residual is not None:
-        return add_relu_forward(y, residual)
+        return add_relu_forward(y, _like(residual, y))
     if residual is not None:
         y += residual
     return y.relu_() if activation == "relu" else y
@@ -190,4 +195,5 @@ def conv_bn_act_forward(
     activation: str | None,
 ) -> Tensor:
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    residual = None if residual is None else _like(residual, y)
     return bn_act_eval_forward(y, gamma, beta, mean, var, residual, eps, activation)

@@ -88,6 +88,19 @@ def is_channels_last(x: Tensor) -> bool:
     )
 
 
+def suggests_channels_last(x: Tensor) -> bool:
+    """Whether a convolution of torch takes the 4-d x for channels_last: by its strides alone, those of size 1 included.
+
+    A 1x1 weight in channels_last, for one, has the memory of an NCHW one. As c10::is_channels_last_strides_2d.
+    """
+    least, stride = 0, x.stride()
+    for d in (1, 3, 2, 0):
+        if x.shape[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * x.shape[d] if x.shape[d] > 1 else stride[d]
+    return stride[1] != 0
+
+
 def dense(x: Tensor) -> Tensor:
     """x itself where it is NCHW-contiguous or channels_last, else a copy in the layout its strides resemble."""
     if x.is_contiguous() or is_channels_last(x):
@@ -99,11 +112,11 @@ def dense(x: Tensor) -> Tensor:
 
 
 def as_layout(t: Tensor, x: Tensor) -> Tensor:
-    """t in the memory layout of x, which has the same shape and is dense."""
-    if t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()):
+    """t in the strides of x, which has the same shape and is dense."""
+    if t.stride() == x.stride():
         return t
-    if is_channels_last(t) and is_channels_last(x):
-        return t
+    if (t.is_contiguous() and x.is_contiguous()) or (is_channels_last(t) and is_channels_last(x)):
+        return t.as_strided(x.shape, x.stride())  # strides of size 1 differ: aten is slower, and rounds more, with such
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 

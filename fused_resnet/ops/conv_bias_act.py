@@ -16,10 +16,10 @@ from fused_resnet.ops.checks import (
     check_input,
     check_shape,
     dense,
-    is_channels_last,
     is_traced,
     needs_grad,
     pair,
+    suggests_channels_last,
 )
 
 
@@ -126,9 +126,9 @@ def conv_output_shape(
 
 
 def conv_layout(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x and the residual in the layout of the output: channels_last where x or the weight is, else NCHW."""
+    """x and the residual in the layout of the output: channels_last where torch sees x or the weight so, else NCHW."""
     x = dense(x)
-    channels_last = is_channels_last(x) or is_channels_last(weight)
+    channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=memory_format)
     if residual is not None:
