@@ -64,7 +64,10 @@ def test_the_wheel_is_the_only_one_that_is_needed(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert [name for name in names if name.endswith(".so")] == ["fused_resnet/_C.abi3.so"]
-    assert not [name for name in names if "results" in name or name.startswith(("tests", "csrc", "benchmarks"))]
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"fused_resnet"}
+    listing = ["git", "-C", str(ROOT), "ls-files", "fused_resnet", "benchmarks/*.py"]
+    tracked = subprocess.check_output(listing, text=True).split()
+    assert not {re.sub("^benchmarks", "fused_resnet/benchmarks", name) for name in tracked} - set(names)
 
 
 def test_the_library_needs_no_symbol_outside_the_stable_abi(wheel: Path, tmp_path: Path) -> None:
