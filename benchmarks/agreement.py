@@ -20,7 +20,7 @@ from fused_resnet.dispatch import BackendUnavailableError
 from fused_resnet.parity import FACTOR, Comparison, compare, relative_error
 
 from .harness import one_line
-from .rivals import Entry, Job, Rival, title
+from .rivals import WHAT, Entry, Job, Rival, title
 
 CROPS, CLASSES = 64, 5  # over how many crops the classes are compared, and how many classes must occur there
 CHUNK = 16
@@ -197,8 +197,8 @@ def train_agreement(job: Job, ours: list[Rival], advance: Advance) -> list[Agree
 
 def lines(result: Agreement, model: str) -> list[str]:
     """The comparison in words, one fact a line."""
-    what = "inference" if result.mode == "infer" else "training"
-    out = [f"parity {'ok' if result.ok else 'FAILED'}: {title(result.name, model)}, {what} (errors against float64)"]
+    verdict = "ok" if result.ok else "FAILED"
+    out = [f"parity {verdict}: {title(result.name, model)}, {WHAT[result.mode]} (errors against float64)"]
     facts = result.facts
     if "max_abs" in facts:
         out += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fused_resnet import dispatch
-from fused_resnet.convert import unfused_units
-from fused_resnet.parity import relative_error
-
-from . import agreement, files, harness, photographs, rivals
+from . import agreement, files, photographs, report, rivals, timing
 from .plain_resnet import plain_resnet
 from .realistic import make_realistic
-from .rivals import Job, Rival, title
+from .rivals import Job, title
 
 BATCH = {"infer": 1, "train": 4}
 ROUNDS = {"infer": 30, "train": 10}
-WHAT = {"infer": "inference", "train": "training"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# A rival that is farther from torch's result than that does another job, and its time says nothing.
-WRONG = {torch.float32: 1e-2, torch.bfloat16: 0.2}
 INTERRUPTED = 130  # as shells have it
 
 
@@ -97,7 +90,7 @@ def make_job(request: Request, mode: str, crops: Tensor, state: dict[str, Tensor
 def agree(request: Request, job: Job, crops: Tensor) -> list[agreement.Agreement]:
     """Hold every one of ours against the plain net, and print what was found."""
     ours = list(rivals.OURS.values())
-    with stages(f"parity, {WHAT[job.mode]}", (2 if job.mode == "infer" else 4) + len(ours)) as advance:
+    with stages(f"parity, {rivals.WHAT[job.mode]}", (2 if job.mode == "infer" else 4) + len(ours)) as advance:
         if job.mode == "infer":
             results = agreement.infer_agreement(job, ours, crops[: agreement.CROPS], advance)
         else:
@@ -125,140 +118,6 @@ def load_note() -> str | None:
 
 def describe(request: Request, source: str) -> str:
     return f"{request.model}, {request.dtype}, {request.size}x{request.size}, on {request.device}; {source}"
-
-
-@contextlib.contextmanager
-def recorded_backends() -> Iterator[dict[str, set[str]]]:
-    """Yields op -> the backends that really serve its calls, each with the reason why an earlier one does not."""
-    seen: dict[str, set[str]] = {}
-    choose = dispatch.choose
-
-    def recording(primitive: str, *args: Any, **kwargs: Any) -> dispatch.Choice:
-        choice = choose(primitive, *args, **kwargs)
-        op = {name: op for op, names in dispatch.OPS.items() for name in names}
-        why = "; ".join(f"not {name}: {reason}" for name, reason in choice.skipped)
-        seen.setdefault(op.get(primitive, primitive), set()).add(f"{choice.backend} ({why})" if why else choice.backend)
-        return choice
-
-    dispatch.choose = recording
-    try:
-        yield seen
-    finally:
-        dispatch.choose = choose
-
-
-def why_unfused(job: Job) -> str:
-    """Why no backend of ours serves this kind of job."""
-    op, device = "bn_act" if job.mode == "train" else "conv_bn_act", job.x.device.type
-    rows = [row for row in dispatch.backend_table() if (row.op, row.device, row.live) == (op, device, False)]
-    return "; ".join(f"{row.backend}: {row.note}" for row in rows if row.backend != "reference")
-
-
-def watched(one: Rival, job: Job, backends: dict[str, list[str]]) -> harness.Step:
-    """One of ours, whose first run notes in `backends` what it really runs on, a line for each op."""
-    name = title(one.name, job.model)
-    entry = one.prepare(job)
-    step = entry.step(job)
-
-    def run() -> Any:
-        if name in backends:
-            return step()
-        with recorded_backends() as seen:
-            result = step()
-        unfused = unfused_units(entry.model) if entry.model is not None else []
-        backends[name] = [f"{op}: {', '.join(sorted(names))}" for op, names in sorted(seen.items())]
-        backends[name] += [f"torch's own modules in {unit}: {reason}" for unit, reason in unfused]
-        if not seen:
-            backends[name].append(f"torch's own modules throughout: {why_unfused(job)}")
-        return result
-
-    return run
-
-
-def time_all(request: Request, job: Job) -> dict[str, Any]:
-    """The rows and ratios of one job, as they go into the JSON file."""
-    rounds = request.rounds or ROUNDS[job.mode]
-    everyone = [rivals.PEERS[name] for name in request.peers] + list(rivals.OURS.values())
-    backends: dict[str, list[str]] = {}
-    steps: dict[str, Callable[[], harness.Step]] = {}
-    for one in everyone:
-        prepare = (lambda one=one: watched(one, job, backends)) if one.name in rivals.OURS else one.step_for(job)
-        steps[title(one.name, job.model)] = prepare
-    expected = None
-    with contextlib.suppress(Exception):  # out of memory, say: eager's own row tells it
-        expected = rivals.PEERS["eager"].step_for(job)()()
-
-    def check(name: str, result: torch.Tensor) -> None:
-        error = 0.0 if expected is None else relative_error(result, expected)
-        if not error < WRONG[job.dtype]:
-            raise rivals.WrongResultError(f"its result differs from torch's by {error:.1e} (relative)")
-
-    with tqdm(total=0, desc=f"timing, {WHAT[job.mode]}", unit="round", leave=False) as bar:
-
-        def progress(rounds: range) -> Iterator[int]:
-            bar.reset(len(rounds))
-            for index in rounds:
-                yield index
-                bar.update()
-
-        warmup = 2 if job.x.device.type == "cpu" else 10
-        times, complete = harness.measure(steps, rounds, warmup, harness.timer(job.x.device), progress, check)
-
-    batch = len(job.x)
-    ours = {name: times[name] for name in (title(one, job.model) for one in rivals.OURS) if times[name].ms}
-    rows = []
-    for one, (name, entry) in zip(everyone, times.items(), strict=True):
-        row: dict[str, Any] = {"name": name, "about": one.about, "ours": one.name in rivals.OURS}
-        if entry.ms:
-            mid, low, high = harness.spread(entry.ms)
-            row |= {"median_ms": mid, "quartiles_ms": [low, high], "images_per_s": batch / mid * 1e3}
-            row |= {"first_call_ms": entry.first_ms, "runs_ms": entry.ms}
-            row["speedup"] = {
-                our_name: dict(zip(("median", "low", "high"), ratio, strict=True))
-                for our_name, our in ours.items()
-                if our_name != name and (ratio := harness.ratio(entry, our)) is not None
-            }
-        else:
-            row["not_available"] = entry.reason or "interrupted before its first timed run"
-        if name in backends:
-            row["backends"] = backends[name]
-        rows.append(row)
-    return {"mode": job.mode, "batch": batch, "rounds": rounds, "complete": complete, "rows": rows}
-
-
-def table(result: dict[str, Any], model: str) -> str:
-    """The rows as an aligned table; the last columns tell how many times as fast each of ours is, paired by round."""
-    ours = [row["name"] for row in result["rows"] if row["ours"] and "median_ms" in row]
-    cells = [["rival", "median ms", "quartiles", "images/s", *(f"speed-up: {name}" for name in ours)]]
-    for row in result["rows"]:
-        if "median_ms" not in row:
-            cells.append([row["name"], f"not available: {row['not_available']}"])
-            continue
-        low, high = row["quartiles_ms"]
-        faster = [row["speedup"].get(name) for name in ours]
-        cells.append(
-            [row["name"], f"{row['median_ms']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['images_per_s']:.1f}"]
-            + [
-                f"{f['median']:.2f}x ({f['low']:.2f} to {f['high']:.2f})" if f and not row["ours"] else ""
-                for f in faster
-            ]
-        )
-    widths = [max(len(row[i]) for row in cells if len(row) > 2) for i in range(len(cells[0]))]
-    out = []
-    for row in cells:
-        if len(row) == 2:
-            out.append(f"{row[0]:<{widths[0]}}  {row[1]}")
-            continue
-        text = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        out.append("  ".join(text).rstrip())
-    for row in result["rows"]:
-        if row.get("first_call_ms", 0) > 1e3 and row["first_call_ms"] > 10 * row["median_ms"]:
-            out.append(f"{row['name']}: its first call took {row['first_call_ms'] / 1e3:.1f} s")
-        out += [f"{row['name']} ran on {line}" for line in row.get("backends", ())]
-    if not result["complete"]:
-        done = max(len(row.get("runs_ms", ())) for row in result["rows"])
-        out.append(f"INCOMPLETE: interrupted in round {done} of {result['rounds']}")
-    return "\n".join(out)
 
 
 def bench(request: Request) -> int:
@@ -297,12 +156,10 @@ def bench(request: Request) -> int:
             else:
                 code = 1
         for job in good:
-            result = time_all(request, job)
+            result = timing.time_all(job, request.peers, request.rounds or ROUNDS[job.mode])
             document["results"].append(result)
-            heading = (
-                f"{request.model}, {request.dtype}, {WHAT[job.mode]}, batch {len(job.x)}, {result['rounds']} rounds"
-            )
-            print(f"\n{heading}\n{table(result, request.model)}", flush=True)
+            heading = f"{request.model}, {request.dtype}, {rivals.WHAT[job.mode]}, batch {len(job.x)}"
+            print(f"\n{heading}, {result['rounds']} rounds\n{report.table(result)}", flush=True)
             if any(row["ours"] and "median_ms" not in row for row in result["rows"]) and result["complete"]:
                 code = 1
             if not result["complete"]:
@@ -310,8 +167,7 @@ def bench(request: Request) -> int:
         document["complete"] = True
     except KeyboardInterrupt:
         code = INTERRUPTED
-        if not document["results"]:
-            print("INCOMPLETE: interrupted before any time was taken", flush=True)
+        print("INCOMPLETE: interrupted" if document["results"] else "INCOMPLETE: interrupted before any time was taken")
     if outputs.json:
         files.write(outputs.json, (json.dumps(files.plain(document), indent=1) + "\n").encode())
     if outputs.plot and any("median_ms" in row for result in document["results"] for row in result["rows"]):

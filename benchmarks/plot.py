@@ -15,7 +15,7 @@ def draw(document: dict[str, Any], kind: str) -> bytes:
 
     results = [r for r in document["results"] if any("median_ms" in row for row in r["rows"])]
     bars = max(len(result["rows"]) for result in results)
-    figure = Figure(figsize=(6.2 * len(results), 1.6 + 0.55 * bars), layout="constrained")
+    figure = Figure(figsize=(6.8 * len(results), 1.6 + 0.55 * bars), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, result in zip(panels, results, strict=True):
         _panel(axes, result)
@@ -29,22 +29,21 @@ def draw(document: dict[str, Any], kind: str) -> bytes:
 
 def _panel(axes: Any, result: dict[str, Any]) -> None:
     rows = [row for row in result["rows"] if "median_ms" in row]
-    baseline = next((row for row in rows if not row["ours"]), rows[0])
+    peers = [row for row in rows if not row["ours"]]
     for index, row in enumerate(rows):
         rate = row["images_per_s"]
         fast, slow = (result["batch"] / ms * 1e3 for ms in row["quartiles_ms"])
         error = [[max(rate - slow, 0)], [max(fast - rate, 0)]]
         axes.barh(index, rate, color=OURS if row["ours"] else THEIRS, height=0.7, xerr=error, ecolor=INK, capsize=3)
-        speedup = baseline["speedup"].get(row["name"])
-        note = f"{rate:.3g}" + (
-            f"  ({speedup['median']:.2f}x {baseline['name']})"
-            if speedup and not baseline["ours"] and row["ours"]
-            else ""
+        note = f"{rate:.3g}"
+        if row["ours"] and peers:
+            note += "\n" + ", ".join(f"{peer['speedup'][row['name']]['median']:.2f}x {peer['name']}" for peer in peers)
+        axes.annotate(
+            note, (max(rate, fast), index), (6, 0), textcoords="offset points", va="center", color=INK, fontsize=9
         )
-        axes.annotate(note, (max(rate, fast), index), (6, 0), textcoords="offset points", va="center", color=INK)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * max(result["batch"] / row["quartiles_ms"][0] * 1e3 for row in rows))
+    axes.set_xlim(0, 1.7 * max(result["batch"] / row["quartiles_ms"][0] * 1e3 for row in rows))
     axes.set_xlabel(f"images per second (median and quartiles of {len(rows[0]['runs_ms'])} runs)")
     axes.set_title(f"{WHAT[result['mode']]}, batch {result['batch']}" + ("" if result["complete"] else " (incomplete)"))
     axes.spines[["top", "right"]].set_visible(False)

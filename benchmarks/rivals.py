@@ -15,6 +15,8 @@ import fused_resnet
 
 from .plain_resnet import plain_resnet
 
+WHAT = {"infer": "inference", "train": "training"}
+
 
 @dataclass(frozen=True)
 class Job:

@@ -20,9 +20,9 @@ from fused_resnet import dispatch, modules
 from fused_resnet.backends import cpp, library, reference
 from fused_resnet.cli import RequestError, load_benchmarks
 
-agreement, bench, files, harness, photographs, plain, realistic, rivals = map(
+agreement, bench, files, harness, photographs, plain, realistic, rivals, timing = map(
     load_benchmarks,
-    ("agreement", "bench_resnet", "files", "harness", "photographs", "plain_resnet", "realistic", "rivals"),
+    ("agreement", "bench_resnet", "files", "harness", "photographs", "plain_resnet", "realistic", "rivals", "timing"),
 )
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 
@@ -291,7 +291,7 @@ def test_rows_say_what_really_ran(job: Callable[..., Any], monkeypatch: pytest.M
     monkeypatch.setattr(dispatch, "_warned", {"cpp"})
     one, _ = job()
     backends: dict[str, list[str]] = {}
-    step = bench.watched(rivals.OURS["fused_resnet"], one, backends)
+    step = timing.watched(rivals.OURS["fused_resnet"], one, backends)
     step()
     (line,) = backends["fused_resnet"]
     assert line.startswith("torch's own modules throughout: ")
@@ -300,7 +300,7 @@ def test_rows_say_what_really_ran(job: Callable[..., Any], monkeypatch: pytest.M
     infer = one.with_mode("infer")
     backends.clear()
     with fused_resnet.use_backend("reference"):
-        bench.watched(rivals.OURS["fused_resnet"], infer, backends)()
+        timing.watched(rivals.OURS["fused_resnet"], infer, backends)()
     assert all(line.endswith(": reference") for line in backends["fused_resnet"])
 
 
