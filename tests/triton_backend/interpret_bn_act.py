@@ -226,7 +226,7 @@ def test_grids_fill_the_device():
     configs.assume("sm_90")
     try:
         for kernel in (bn_act.STATISTICS, bn_act.APPLY, bn_act.BACKWARD_REDUCE, bn_act.BACKWARD_APPLY):
-            grid, _ = bn_act.plan(kernel, x, x.numel() // 64)
+            grid, _ = bn_act.plan(kernel, x, x.numel() // 64, 1)
             assert grid[0] * grid[1] == bn_act.PROGRAMS * 132
     finally:
         configs.assume("tiny")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_resnet.backends.triton import configs
 from fused_resnet.backends.triton.common import load, relu, relu_grad, store
-from fused_resnet.backends.triton.runtime import launch
+from fused_resnet.backends.triton.runtime import ceil_div, launch
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _elementwise(kernel: Any, name: str, a: Tensor, b: Tensor) -> Tensor:
     numel = a.numel()
     if numel:
         config = configs.pick(name, (a.element_size(),), a)
-        launch(kernel, (triton.cdiv(numel, config["BLOCK"]),), a, b, result, numel, **config)
+        launch(kernel, (ceil_div(numel, config["BLOCK"]),), a, b, result, numel, **config)
     return result
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fused_resnet.backends import reference
 from fused_resnet.backends.triton import configs
 from fused_resnet.backends.triton.common import load, relu, relu_grad, store
-from fused_resnet.backends.triton.runtime import launch
+from fused_resnet.backends.triton.runtime import ceil_div, launch
 from fused_resnet.folding import update_running_stats
 
 
@@ -396,18 +396,28 @@ BACKWARD_APPLY = configs.register("bn_backward_apply", _SPACE)
 
 def geometry(x: Tensor) -> tuple[int, int, int]:
     """(M, C, L) of a dense tensor, see `at`."""
-    channels = x.shape[1]
-    rows = x.numel() // channels
-    return rows, channels, rows // x.shape[0] if x.is_contiguous() else 1
+    shape = x.shape
+    rows = x.numel() // shape[1]
+    return rows, shape[1], rows // shape[0] if x.is_contiguous() else 1
 
 
-def plan(kernel: str, x: Tensor, rows: int) -> tuple[tuple[int, int], configs.Config]:
+def plan(kernel: str, x: Tensor, rows: int, pixels: int) -> tuple[tuple[int, int], configs.Config]:
     """(grid, config): parts of the rows and blocks of channels, up to `PROGRAMS` programs per multiprocessor in all."""
-    _, channels, pixels = geometry(x)
+    channels = x.shape[1]
     config = configs.pick(kernel, (pixels == 1, x.element_size(), channels), x)
-    blocks = triton.cdiv(channels, config["BLOCK_C"])
+    blocks = ceil_div(channels, config["BLOCK_C"])
     parts = max(PROGRAMS * configs.target(x).multiprocessors // blocks, 1)
-    return (min(triton.cdiv(rows, config["BLOCK_R"]), parts), blocks), config
+    return (min(ceil_div(rows, config["BLOCK_R"]), parts), blocks), config
+
+
+def vector(x: Tensor) -> Tensor:
+    """An uninitialised float32 value for each channel of x."""
+    return torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def workspace(x: Tensor, numbers: int, parts: int) -> Tensor:
+    """Uninitialised (numbers, parts, C) partial results."""
+    return torch.empty((numbers, parts, x.shape[1]), dtype=torch.float32, device=x.device)
 
 
 def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
@@ -433,7 +443,7 @@ def finish_statistics(
     on_device = isinstance(momentum, Tensor)
     launch(
         bn_statistics_finish_kernel,
-        (triton.cdiv(channels, FINISH["BLOCK_C"]),),
+        (ceil_div(channels, FINISH["BLOCK_C"]),),
         partials,
         mean,
         var,
@@ -452,10 +462,10 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """(mean, biased var) of each channel; updates the running statistics in place."""
     size = geometry(x)
-    grid, config = plan(STATISTICS, x, size[0])
-    partials = x.new_empty((3, grid[0], size[1]), dtype=torch.float32)
+    grid, config = plan(STATISTICS, x, size[0], size[2])
+    partials = workspace(x, 3, grid[0])
     launch(bn_statistics_kernel, grid, x, partials, *size, **config)
-    mean, var = (x.new_empty(size[1], dtype=torch.float32) for _ in range(2))
+    mean, var = vector(x), vector(x)
     running = [r for r in (running_mean, running_var) if r is not None]
     if all(r.is_contiguous() for r in running):
         finish_statistics(partials, mean, var, running_mean, running_var, momentum)
@@ -477,7 +487,7 @@ def _apply(
 ) -> Tensor:
     out = torch.empty_like(x)
     size = geometry(x)
-    grid, config = plan(APPLY, x, size[0])
+    grid, config = plan(APPLY, x, size[0], size[2])
     relu = activation == "relu"
     launch(bn_apply_kernel, grid, x, shortcut, out, *first, *second, *size, RELU=relu, **config)
     return out
@@ -553,7 +563,7 @@ def finish_backward(
     """(grad_gamma, grad_beta), of two BNs (grad_gamma, grad_beta, grad_gamma2, grad_beta2)."""
     _, parts, channels = partials.shape
     grads = [partials.new_empty(channels) for _ in range(2 if var2 is None else 4)]
-    grid = (triton.cdiv(channels, FINISH["BLOCK_C"]),)
+    grid = (ceil_div(channels, FINISH["BLOCK_C"]),)
     second = (None, None) if var2 is None else grads[2:]
     launch(
         bn_backward_finish_kernel, grid, partials, var, eps, *grads[:2], var2, eps2, *second, parts, channels, **FINISH
@@ -582,8 +592,8 @@ def bn_act_backward(
     masked = torch.empty_like(x) if relu and has_residual else None  # both the residual's gradient and pass 2's input
     bn = (mean, var, gamma, beta, eps)
     size = geometry(x)
-    grid, config = plan(BACKWARD_REDUCE, x, size[0])
-    partials = x.new_empty((2, grid[0], x.shape[1]), dtype=torch.float32)
+    grid, config = plan(BACKWARD_REDUCE, x, size[0], size[2])
+    partials = workspace(x, 2, grid[0])
     outputs = (masked, None if training else grad_x)
     launch(
         bn_backward_reduce_kernel,
@@ -602,7 +612,7 @@ def bn_act_backward(
     )
     grad_gamma, grad_beta = finish_backward(partials, var, eps)
     if training:
-        grid, config = plan(BACKWARD_APPLY, x, size[0])
+        grid, config = plan(BACKWARD_APPLY, x, size[0], size[2])
         g, recompute = (grad, relu) if masked is None else (masked, False)
         launch(
             bn_backward_apply_kernel,
@@ -646,8 +656,8 @@ def bn_bn_act_backward(
     relu = activation == "relu"
     bn, bn2 = (*contiguous(mean, var, gamma, beta), eps), (*contiguous(mean2, var2, gamma2, beta2), eps2)
     size = geometry(x)
-    grid, config = plan(BACKWARD_REDUCE, x, size[0])
-    partials = x.new_empty((3, grid[0], x.shape[1]), dtype=torch.float32)
+    grid, config = plan(BACKWARD_REDUCE, x, size[0], size[2])
+    partials = workspace(x, 3, grid[0])
     launch(
         bn_backward_reduce_kernel,
         grid,
@@ -666,7 +676,7 @@ def bn_bn_act_backward(
     )
     grad_gamma, grad_beta, grad_gamma2, grad_beta2 = finish_backward(partials, var, eps, var2, eps2)
     grad_x, grad_x2 = torch.empty_like(x), torch.empty_like(x)
-    grid, config = plan(BACKWARD_APPLY, x, size[0])
+    grid, config = plan(BACKWARD_APPLY, x, size[0], size[2])
     launch(
         bn_backward_apply_kernel,
         grid,

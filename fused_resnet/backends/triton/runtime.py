@@ -16,6 +16,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None
 launcher: Callable[..., None] = _launch
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes microseconds
+
+
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **meta: Any) -> None:
     """kernel[grid](x, *args, **meta) on x's device and its current stream. `meta`: constexprs and launch options."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():

@@ -27,6 +27,7 @@ from fused_resnet.backends.triton.bn_act import (
     share,
     slopes,
     statistics,
+    workspace,
 )
 from fused_resnet.backends.triton.common import load, relu, relu_grad, store
 from fused_resnet.backends.triton.runtime import launch
@@ -244,9 +245,10 @@ def _apply(
 ) -> tuple[Tensor, Tensor | None]:
     sizes = _sizes(x)
     form = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    out = x.new_empty((x.shape[0], x.shape[1], *sizes[-2:])).contiguous(memory_format=form)
+    shape = (x.shape[0], x.shape[1], *sizes[-2:])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
     offsets = torch.empty_like(out, dtype=torch.uint8) if with_offsets else None
-    grid, config = plan(APPLY, x, sizes[0])
+    grid, config = plan(APPLY, x, sizes[0], sizes[2])
     launch(bn_pool_apply_kernel, grid, x, out, offsets, *bn, *sizes, RELU=activation == "relu", **config)
     return out, offsets
 
@@ -302,13 +304,13 @@ def bn_act_pool_backward(
     relu, sizes = activation == "relu", _sizes(x)
     bn = (*contiguous(mean, var, gamma, beta), eps)
     grad_x = torch.empty_like(x)
-    grid, config = plan(BACKWARD_REDUCE, x, sizes[0])
-    partials = x.new_empty((2, grid[0], x.shape[1]), dtype=torch.float32)
+    grid, config = plan(BACKWARD_REDUCE, x, sizes[0], sizes[2])
+    partials = workspace(x, 2, grid[0])
     stored = None if training else grad_x
     launch(bn_pool_backward_reduce_kernel, grid, grad, offsets, x, *bn, stored, partials, *sizes, RELU=relu, **config)
     grad_gamma, grad_beta = finish_backward(partials, var, eps)
     if training:
-        grid, config = plan(BACKWARD_APPLY, x, sizes[0])
+        grid, config = plan(BACKWARD_APPLY, x, sizes[0], sizes[2])
         count = x.numel() // x.shape[1]
         sums = (grad_gamma, grad_beta, count)
         launch(bn_pool_backward_apply_kernel, grid, grad, offsets, x, grad_x, *bn, *sums, *sizes, RELU=relu, **config)
