@@ -22,7 +22,7 @@ from fused_resnet.ops.checks import (
     needs_grad,
 )
 from fused_resnet.ops.conv_bias_act import conv_layout, conv_output_shape
-from fused_resnet.ops.residual_block import Unit, residual_block
+from fused_resnet.ops.residual_block import Plan, Unit, residual_block
 from fused_resnet.plans import plan_block
 
 Units = dict[str, tuple[nn.Module, nn.Module, nn.Module | None]]
@@ -395,8 +395,9 @@ class _Block(FusedModule):
         """(N, C, H, W) to (N, planes * expansion, H', W'), channels_last where x is."""
         if isinstance(x, Proxy):
             return _as_leaf(self, x)
-        if self._runs_whole(x):
-            return self._whole(x)
+        plan = self._plan(x)
+        if plan is not None:
+            return self._whole(x, plan)
         if self.downsample is None:
             shortcut = x
         elif self._projection():
@@ -408,28 +409,28 @@ class _Block(FusedModule):
             x = self._conv_bn_act(conv, x, getattr(self, conv), getattr(self, bn), self.relu)
         return self._conv_bn_act(last_conv, x, getattr(self, last_conv), getattr(self, last_bn), self.relu, shortcut)
 
-    def _runs_whole(self, x: Tensor) -> bool:
-        """Whether the block runs as one op: where gradients are taken of channels_last tensors, and nothing is odd."""
+    def _plan(self, x: Tensor) -> Plan | None:
+        """How the block runs as one op: where gradients are taken of channels_last tensors, and nothing is odd."""
         if self.memory == "fast" or not needs_grad(x, *self.parameters()) or is_traced(x) or not is_channels_last(x):
-            return False
+            return None
         if self.unfused() or not dispatch.is_fused("bn_act", x.device.type):
-            return False
-        pairs = [(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)) for conv, bn, _ in self.units().values()]
+            return None
+        units = self.units()
+        pairs = [(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)) for conv, bn, _ in units.values()]
         dtype = x.dtype if autocast_dtype(x) is None else pairs[0][0].weight.dtype
-        return all(
-            conv.bias is None
-            and conv.weight.dtype == dtype
-            and conv.weight.device == x.device
-            and _has_pairs(conv)
-            and _fits(bn, conv.weight)
-            for conv, bn in pairs
-        )
+        for conv, bn in pairs:
+            if conv.bias is not None or conv.weight.dtype != dtype or conv.weight.device != x.device:
+                return None
+            if not (_has_pairs(conv) and _fits(bn, conv.weight)):
+                return None
+        convs = {name: conv for name, (conv, _) in zip(units, pairs, strict=True)}
+        projection = convs.pop("downsample", None)
+        return plan_block(x, tuple(convs.values()), projection, self.memory)
 
-    def _whole(self, x: Tensor) -> Tensor:
+    def _whole(self, x: Tensor, plan: Plan) -> Tensor:
         units = {name: _unit(cast(nn.Conv2d, c), cast(nn.BatchNorm2d, b)) for name, (c, b, _) in self.units().items()}
         projection = units.pop("downsample", None)
-        main = tuple(units.values())
-        return residual_block(x, main, projection, plan_block(x, main, projection, self.memory))
+        return residual_block(x, tuple(units.values()), projection, plan)
 
 
 class BasicBlock(_Block):

@@ -1,4 +1,4 @@
-"""How a whole residual block runs in training: which convs take the Gram form, and what is kept for backward.
+"""How a residual block runs in training: as one op or unit by unit, and which convs take the Gram form.
 
 The Gram form of a 1x1 conv (`fused_resnet.ops.residual_block`) trades passes over its wide output for products of the
 size of its weight, so it pays where a batch has many pixels for each of the conv's input channels.
@@ -6,28 +6,39 @@ size of its weight, so it pays where a batch has many pixels for each of the con
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
-from fused_resnet.ops.residual_block import Plan, Unit
+from torch import Tensor, nn
+
+from fused_resnet.ops.residual_block import Plan
 
 MEMORY = ("balanced", "low", "fast")
 
-# Pixels in the batch per input channel from which the Gram form is taken, by device type.
-GRAM_PIXELS_PER_CHANNEL = {"cpu": 4.0}
+# Pixels in the batch per input channel from which the Gram form is taken, by device type; nowhere else. On the CPU
+# (2 cores, AVX-512, float32) blocks in Gram form were as fast as unit by unit from about 60 on, and slower below.
+GRAM_PIXELS_PER_CHANNEL = {"cpu": 64.0}
 
 
-def takes_gram_form(unit: Unit, pixels: int, device_type: str) -> bool:
-    """Whether a conv that reads `pixels` positions of the batch takes the Gram form."""
+def takes_gram_form(conv: nn.Conv2d, pixels: int, device_type: str) -> bool:
+    """Whether a conv with `pixels` output positions in the batch takes the Gram form: 1x1, ungrouped, not narrowing."""
     least = GRAM_PIXELS_PER_CHANNEL.get(device_type)
-    return least is not None and unit.gram_form and pixels >= least * unit.weight.shape[1]
+    if least is None or conv.groups != 1 or conv.kernel_size != (1, 1) or conv.padding != (0, 0):
+        return False
+    return conv.out_channels >= conv.in_channels and pixels >= least * conv.in_channels
 
 
-def plan_block(x: Tensor, units: tuple[Unit, ...], projection: Unit | None, memory: str) -> Plan:
-    """The plan for a block that reads x, (N, C, H, W)."""
-    stride = 1
-    for unit in units:
-        stride *= unit.stride[0] * unit.stride[1]
-    pixels = x.shape[0] * x.shape[2] * x.shape[3] // stride
-    device = x.device.type
-    projected = projection is not None and takes_gram_form(projection, pixels, device)
-    return Plan(takes_gram_form(units[-1], pixels, device), projected, memory)
+def plan_block(x: Tensor, convs: Sequence[nn.Conv2d], projection: nn.Conv2d | None, memory: str) -> Plan | None:
+    """The plan for a block that reads x, (N, C, H, W); None: unit by unit.
+
+    Unit by unit keeps the rectified outputs too and forms none again: "fast" always, "balanced" where the block's last
+    conv does not take the Gram form.
+    """
+    if memory == "fast":
+        return None
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    for conv in convs:
+        pixels //= conv.stride[0] * conv.stride[1]
+    gram = takes_gram_form(convs[-1], pixels, x.device.type)
+    if memory == "balanced" and not gram:
+        return None
+    return Plan(gram, projection is not None and takes_gram_form(projection, pixels, x.device.type), memory)

@@ -32,9 +32,10 @@ class ResNet(FusedModule):
         replace_stride_with_dilation: for stages 2 to 4, whether a dilation takes the stride's place.
         norm_layer: called with a number of channels; anything but nn.BatchNorm2d runs unfused.
         in_channels: channels of the input images.
-        memory: what training keeps for the backward pass. "balanced": block inputs and raw conv outputs, those of the
-            last conv of bottlenecks only where that is faster. "low": block inputs and statistics; the convs are
-            computed again. "fast": the rectified outputs as well. The results are the same but for rounding.
+        memory: what training keeps for the backward pass. "fast": raw and rectified conv outputs, as torch does.
+            "balanced": as "fast", but in blocks where the Gram form is not slower neither the rectified outputs nor
+            the wide raw one. "low": block inputs and statistics alone; the convs are computed again. The results
+            are the same but for rounding.
     """
 
     def __init__(

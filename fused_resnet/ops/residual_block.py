@@ -52,12 +52,6 @@ class Unit(NamedTuple):
     def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
         return self.stride, self.padding, self.dilation, self.groups
 
-    @property
-    def gram_form(self) -> bool:
-        """Whether the conv's statistics follow from its input's: a 1x1 conv without groups that does not narrow."""
-        w = self.weight
-        return w.shape[2:] == (1, 1) and self.groups == 1 and self.padding == (0, 0) and w.shape[0] >= w.shape[1]
-
 
 class Plan(NamedTuple):
     """How a block runs: Gram form (else stored output) for the last conv and for the projection, and what is kept for
