@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:3]]
 
 from fused_resnet.backends.triton import configs, runtime  # noqa: E402
 
