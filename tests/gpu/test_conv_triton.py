@@ -1,0 +1,164 @@
+"""The Triton convolution on a GPU: every tile that tuning may choose, against float64 and torch's own convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_resnet import parity
+from fused_resnet.backends import reference
+from fused_resnet.backends import triton as backend
+
+_REASON = backend.unavailable("cuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=f"triton: {_REASON}")]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EPS = 1e-5
+# name: (batch, C, size, K, kernel, stride, padding, dilation, groups): ResNet-50's kinds, ResNeXt's, and odd ones
+LAYERS = {
+    "1x1 narrow": (8, 256, 56, 64, 1, 1, 0, 1, 1),
+    "1x1 widen": (8, 64, 56, 256, 1, 1, 0, 1, 1),
+    "1x1 projection": (8, 1024, 14, 2048, 1, 2, 0, 1, 1),
+    "1x1 ragged": (3, 67, 13, 35, 1, 1, 0, 1, 1),
+    "3x3 stage 1": (8, 64, 56, 64, 3, 1, 1, 1, 1),
+    "3x3 stage 2": (8, 128, 56, 128, 3, 2, 1, 1, 1),
+    "3x3 stage 3": (8, 256, 14, 256, 3, 1, 1, 1, 1),
+    "3x3 stage 4": (8, 512, 7, 512, 3, 1, 1, 1, 1),
+    "3x3 one image": (1, 512, 7, 512, 3, 1, 1, 1, 1),
+    "3x3 dilated": (2, 256, 14, 256, 3, 1, 2, 2, 1),
+    "3x3 ragged": (2, 33, 17, 41, 3, 2, 4, 1, 1),  # what has been miscompiled at 8 warps
+    "7x7 stem": (8, 3, 224, 64, 7, 2, 3, 1, 1),
+    "7x7 stem, odd": (2, 3, 37, 64, 7, 2, 3, 1, 1),
+    "groups of 4": (8, 128, 56, 128, 3, 1, 1, 1, 32),
+    "groups of 32": (8, 1024, 14, 1024, 3, 2, 1, 1, 32),
+    "groups of 6": (2, 30, 9, 30, 3, 1, 1, 1, 5),
+}
+
+
+@pytest.fixture(params=["tf32", "ieee"])
+def fp32(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = request.param
+    yield request.param
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def inputs(layer: str, dtype: torch.dtype, layout: torch.memory_format = torch.channels_last) -> tuple[Any, ...]:
+    """Arguments of conv_bn_act_forward."""
+    N, C, size, K, taps, stride, padding, dilation, groups = LAYERS[layer]
+    out = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device="cuda")
+
+    def image(*shape: int) -> Tensor:
+        return normal(*shape).to(dtype).contiguous(memory_format=layout)
+
+    x, residual = image(N, C, size, size), image(N, K, out, out)
+    weight = (image(K, C // groups, taps, taps) * (C // groups * taps**2) ** -0.5).contiguous(memory_format=layout)
+    vectors = (normal(K), normal(K), normal(K), normal(K).abs() + 0.1)
+    options = ((stride,) * 2, (padding,) * 2, (dilation,) * 2, groups, EPS, "relu")
+    return x, weight, None, *vectors, residual, *options
+
+
+def check(layer: str, args: tuple[Any, ...], run: Callable[[], Tensor] | None = None) -> Tensor:
+    exact = reference.conv_bn_act_forward(*(a.double() if isinstance(a, Tensor) else a for a in args))
+    plain = reference.conv_bn_act_forward(*args)
+    ours = run() if run is not None else backend.conv_bn_act_forward(*args)
+    row = parity.compare(layer, ours, plain, exact)
+    assert row.ok, row
+    assert ours.stride() == plain.stride()
+    return ours
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit(layer, dtype):
+    check(layer, inputs(layer, dtype))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fp32(layer, fp32):
+    check(layer, inputs(layer, torch.float32))
+
+
+@pytest.mark.parametrize("layer", ["1x1 narrow", "3x3 stage 3", "7x7 stem, odd", "groups of 6"])
+def test_nchw(layer):
+    check(layer, inputs(layer, torch.float16, torch.contiguous_format))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_tile(layer, dtype, fp32):
+    """No config may be chosen that was not held against the library: compilers have got such loops wrong."""
+    from fused_resnet.backends.triton import configs, conv
+
+    if fp32 == "ieee" and dtype != torch.float32:
+        pytest.skip("the switch is of fp32 alone")
+    args = inputs(layer, dtype)
+    seen: list[conv.Problem] = []
+    pick = configs.pick
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "pick", lambda name, key, x: seen.append(key) or pick(name, key, x))
+        backend.conv_bn_act_forward(*args)
+    for config in configs.candidates(conv.CONV, seen[0], configs.target(args[0])):
+        with configs.override(conv.CONV, config):
+            check(f"{layer} {config}", args)
+
+
+@pytest.mark.parametrize("layer", ["3x3 stage 3", "7x7 stem", "groups of 4"])
+def test_nan_and_infinity_pass_and_stay_where_they_are(layer):
+    args = list(inputs(layer, torch.float32))
+    args[0][0, 0, 2, 3], args[0][0, -1, 5, 6], args[7][0, 1, 0, 0] = torch.nan, torch.inf, torch.nan
+    ours, theirs = (module.conv_bn_act_forward(*args) for module in (backend, reference))
+    assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+def test_graph_replays_read_the_live_buffers():
+    layer = "3x3 stage 2"
+    args = inputs(layer, torch.bfloat16)
+    backend.conv_bn_act_forward(*args)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = backend.conv_bn_act_forward(*args)
+    for tensor in (args[0], args[3], args[5], args[7]):
+        tensor.normal_()
+    graph.replay()
+    check(layer, args, lambda: out)
+
+
+def test_runs_on_the_current_stream():
+    args = inputs("1x1 widen", torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        args[0].fill_(1.0)
+        out = backend.conv_bn_act_forward(*args)
+    stream.synchronize()
+    check("1x1 widen", args, lambda: out)
+
+
+def test_is_deterministic():
+    args = inputs("3x3 stage 4", torch.bfloat16)
+    first = backend.conv_bn_act_forward(*args)
+    assert all(torch.equal(first, backend.conv_bn_act_forward(*args)) for _ in range(5))
+
+
+def test_more_than_2_31_elements():
+    N = 2**31 // (64 * 56 * 56) + 2
+    if torch.cuda.mem_get_info()[0] < 6 * 2 * N * 64 * 56 * 56:
+        pytest.skip("too little GPU memory free")
+    x = torch.empty((N, 64, 56, 56), dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    x[-2:].normal_()
+    weight = inputs("3x3 stage 1", torch.bfloat16)[1]
+    options = ((1, 1), (1, 1), (1, 1), 1, "relu")
+    out = backend.conv_bias_act_forward(x, weight, None, None, *options)
+    last = backend.conv_bias_act_forward(x[-2:].clone(), weight, None, None, *options)
+    assert torch.equal(out[-2:], last)
