@@ -7,7 +7,6 @@ A result passes where its error is at most twice what torch's own layers make in
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_resnet.dispatch import BackendUnavailableError
-from fused_resnet.parity import FACTOR, Comparison, compare, relative_error
+from fused_resnet.parity import FACTOR, Comparison, compare, granted_errors, relative_error
 
 from .harness import one_line
 from .rivals import WHAT, Entry, Job, Rival, title
@@ -169,15 +168,8 @@ def train_agreement(job: Job, ours: list[Rival], advance: Advance) -> list[Agree
     advance("training step in float64")
     net = _exact_net(job)
     exact = _training_step(job, Entry(net, False, net), x.double())
-    granted = dict.fromkeys(exact, 0.0)
-    for others in _equally_good(job, x):
-        advance("torch's training step in other ways")
-        errors = {name: relative_error(others[name], exact[name]) for name in exact if exact[name].is_floating_point()}
-        for name, error in errors.items():
-            kind = name.split(" ")[0]
-            typical = statistics.median(e for other, e in errors.items() if other.split(" ")[0] == kind)
-            granted[name] = max(granted[name], error, typical)
-
+    advance("torch's training step in other ways")
+    granted = granted_errors(_equally_good(job, x), exact)
     found = []
     for one in ours:
         advance(f"training step of {title(one.name, job.model)}")

@@ -90,7 +90,7 @@ def make_job(request: Request, mode: str, crops: Tensor, state: dict[str, Tensor
 def agree(request: Request, job: Job, crops: Tensor) -> list[agreement.Agreement]:
     """Hold every one of ours against the plain net, and print what was found."""
     ours = list(rivals.OURS.values())
-    with stages(f"parity, {rivals.WHAT[job.mode]}", (2 if job.mode == "infer" else 4) + len(ours)) as advance:
+    with stages(f"parity, {rivals.WHAT[job.mode]}", (2 if job.mode == "infer" else 3) + len(ours)) as advance:
         if job.mode == "infer":
             results = agreement.infer_agreement(job, ours, crops[: agreement.CROPS], advance)
         else:
