@@ -184,6 +184,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     found = environment()
+    del found["package"], found["extension"]["file"]  # results are shared: they name no folder of this machine
     found["device"] = (
         torch.cuda.get_device_name(args.device)
         if args.device.type == "cuda"
