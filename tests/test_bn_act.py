@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import (
     LAYOUTS,
+    accumulation,
     arrange,
     assert_in_budget,
     columns,
@@ -797,6 +798,78 @@ def test_budget_bites() -> None:
         used = over_budget(wrong.float(), plain, exact, 4 * per_channel(exact))
         assert used.max() > 1, name
     assert over_budget(plain, plain, exact, 4 * per_channel(exact)).max() <= 1
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@needs_cpp
+def test_backward_masks_what_forward_cut_off(dtype: torch.dtype, layout: str) -> None:
+    """The mask that is recomputed from x is the forward pass's to the last bit, far from 0 as well."""
+    ops = torch.ops.fused_resnet_cpp
+    x = arrange((torch.randn(4, 40, 9, 11) * 0.01 + (10 if dtype.itemsize == 2 else 1000)).to(dtype), layout)
+    gamma, beta = (torch.randn(40).to(accumulation(dtype)) for _ in range(2))
+    out, mean, var = ops.bn_act_train_forward(x, gamma, beta, None, None, None, 0.1, 1e-5, True)
+    grad = torch.ones_like(x)
+    frozen = ops.bn_act_backward(grad, x, None, gamma, beta, mean, var, 1e-5, True, False, False)
+    assert torch.equal(frozen[0] != 0, out != 0)
+    assert 0.1 < (out != 0).double().mean() < 0.9
+
+
+BN_BN = [p for p in BACKENDS if hasattr(dispatch.load(p.id), "bn_bn_act_train_forward")]
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("activation", ["relu", None])
+@pytest.mark.parametrize("backend", BN_BN)
+def test_two_batch_norms(backend: str, activation: str | None, dtype: torch.dtype, layout: str) -> None:
+    """The primitive of projection blocks: act(bn(x) + bn2(x2)), its gradients and both running statistics."""
+    data = [problem((3, 12, 5, 6), dtype, "fp32", "both", True, seed) for seed in (0, 1)]
+    data[1]["gamma"] = None
+    module = dispatch.load(backend)
+    xs = [arrange(d["x"], layout) for d in data]
+    stats = [[d["running_mean"].clone(), d["running_var"].clone()] for d in data]
+    vectors = [(d["gamma"], d["beta"], *s, 0.3, 1e-5) for d, s in zip(data, stats, strict=True)]
+    out, mean, var, mean2, var2 = module.bn_bn_act_train_forward(xs[0], *vectors[0], xs[1], *vectors[1], activation)
+    mask = out > 0 if activation == "relu" else torch.ones_like(out, dtype=torch.bool)
+    grad = arrange(data[0]["grad"], layout)
+    grads = module.bn_bn_act_backward(
+        grad, xs[0], *vectors[0][:2], mean, var, 1e-5, xs[1], *vectors[1][:2], mean2, var2, 1e-5, activation
+    )
+
+    exact_xs, exact_params, parts = [], [], []
+    for d in data:
+        exact_xs.append(doubled(d["x"], leaf=True))
+        exact_params.append((doubled(d["gamma"], leaf=True), doubled(d["beta"], leaf=True)))
+        parts.append(
+            exact_bn_act(exact_xs[-1], *exact_params[-1], None, None, None, training=True, eps=1e-5, mask=None)
+        )
+    z = parts[0][0] + parts[1][0]
+    z.backward(torch.where(mask, grad.double(), 0))
+    plain_xs, plain_params, y = [], [], 0
+    for d, s in zip(data, ([clone(t) for t in (d["running_mean"], d["running_var"])] for d in data), strict=True):
+        plain_xs.append(arrange(d["x"], layout).requires_grad_())
+        plain_params.append((clone(d["gamma"], leaf=True), clone(d["beta"], leaf=True)))
+        y = y + F.batch_norm(plain_xs[-1], *s, *plain_params[-1], True, 0.3)
+    y.backward(torch.where(mask, grad, 0))
+
+    size = 20 * per_channel(z)
+    assert_in_budget("out", out, torch.where(mask, y, 0), torch.where(mask, z, 0), size)
+    count = z.numel() / z.shape[1]
+    for d, s, (_, m, v), ours in zip(data, stats, parts, ((mean, var), (mean2, var2)), strict=True):
+        torch.testing.assert_close(ours[0].double(), m.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[1].double(), v.detach(), rtol=1e-5, atol=1e-5)
+        expected = 0.7 * d["running_var"].double() + 0.3 * v.detach() * count / (count - 1)
+        torch.testing.assert_close(s[1].double(), expected, rtol=1e-5, atol=1e-5)
+        expected = 0.7 * d["running_mean"].double() + 0.3 * m.detach()
+        torch.testing.assert_close(s[0].double(), expected, rtol=1e-5, atol=1e-5)
+    total = 50 * grad.double().abs().sum((0, 2, 3))
+    for i in range(2):
+        name = f"of {i}"
+        assert_in_budget(f"grad x {name}", grads[3 * i], plain_xs[i].grad, exact_xs[i].grad, total)
+        for ours, exact in zip(grads[3 * i + 1 : 3 * i + 3], exact_params[i], strict=True):
+            if exact is not None:
+                assert_in_budget(f"grad of a vector {name}", ours, None, exact.grad, total)
 
 
 def test_names_of_primitives_and_backends() -> None:

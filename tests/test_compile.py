@@ -56,6 +56,8 @@ def samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
     flat = rand(6, 4, grad=True)
     data, grad = x.detach(), rand(2, 4, 3, 5)
     back = (gamma.detach(), beta.detach(), mean, var, 1e-5)
+    pointwise = torch.randn(4, 1, 1, 4).permute(0, 3, 1, 2)  # channels_last by its strides alone
+    offsets, small = torch.full((2, 4, 2, 3), 4, dtype=torch.uint8), rand(2, 4, 2, 3)
     return {
         "add_relu": [(x, y, backend), (last, y, backend), (x, x, backend), (half, half, backend)],
         "add_relu_backward": [(grad, out, backend), (last.detach(), out, backend)],
@@ -76,10 +78,24 @@ def samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
             (grad, data, None, *back, None, False, True, backend),
             (grad, data, None, None, None, mean, var, 1e-5, None, True, False, backend),
         ],
+        "bn_act_pool_train": [
+            (x, gamma, beta, 1e-5, "relu", True, backend),
+            (last, None, None, 1e-5, None, True, backend),
+            (half, gamma, None, 1e-5, "relu", False, backend),
+        ],
+        "bn_act_pool_eval": [
+            (x, gamma, beta, mean, var, 1e-5, "relu", True, backend),
+            (last.detach(), None, None, mean, var, 1e-5, None, False, backend),
+        ],
+        "bn_act_pool_backward": [
+            (small, offsets, data, *back, "relu", True, backend),
+            (small, offsets, last.detach(), *back, None, False, backend),
+        ],
         "conv_bias_act": [
             (data, weight, gamma.detach(), grad, *CONV, "relu", backend),
             (last.detach(), weight, None, None, *CONV, None, backend),
             (data, weight_last, None, grad, *CONV, "relu", backend),
+            (data, pointwise, None, grad, [1, 1], [0, 0], [1, 1], 1, "relu", backend),
         ],
         "conv_bn_act": [
             (data, weight, None, gamma.detach(), beta.detach(), mean, var, grad, *CONV, 1e-5, "relu", backend),
@@ -102,6 +118,8 @@ def test_every_registered_op_has_samples() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str, name: str) -> None:
     """Schema, fake (shapes, strides, dtypes), autograd registration; the first sample through AOT as well."""
+    if name.startswith("bn_act_pool") and not hasattr(dispatch.load(backend), f"{name}_forward"):
+        backend = "auto"
     op = getattr(torch.ops.fused_resnet, name).default
     tools = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     differentiable = not (name.endswith("_backward") or name.startswith("conv"))
@@ -110,10 +128,12 @@ def test_opcheck(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced", "sliced_channels", "transposed"])
-@pytest.mark.parametrize("name", ["add_relu", "bn_act_train", "bn_act_eval", "conv_bias_act", "conv_bn_act"])
+@pytest.mark.parametrize(
+    "name", ["add_relu", "bn_act_train", "bn_act_eval", "bn_act_pool_train", "conv_bias_act", "conv_bn_act"]
+)
 @pytest.mark.parametrize("backend", backends("reference", "cpp", "library"))
 def test_fakes_have_the_true_strides(backend: str, name: str, layout: str) -> None:
-    if backend == "library" and not name.startswith("conv"):
+    if (backend == "library" and not name.startswith("conv")) or "pool" in name:
         backend = "auto"
     x = {
         "nchw": rand(2, 4, 6, 7),
@@ -132,11 +152,13 @@ def test_fakes_have_the_true_strides(backend: str, name: str, layout: str) -> No
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
-@pytest.mark.parametrize("name", ["add_relu", "bn_act"])
+@pytest.mark.parametrize("name", ["add_relu", "bn_act", "bn_act_pool"])
 def test_double_backward_is_refused(name: str) -> None:
     x = rand(2, 4, 3, 3, grad=True)
     if name == "add_relu":
         out = torch.ops.fused_resnet.add_relu(x, x, "auto")
+    elif name == "bn_act_pool":
+        out = torch.ops.fused_resnet.bn_act_pool_train(x, None, None, 1e-5, "relu", True, "auto")[0]
     else:
         out = torch.ops.fused_resnet.bn_act_train(x, None, None, None, 1e-5, "relu", "auto")[0]
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
@@ -221,6 +243,14 @@ def test_bn_act_variants(case: str) -> None:
     compare(*functions[case])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_bn_act_pool(training: bool) -> None:
+    def function(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return fr.ops.bn_act_pool(x, gamma, beta, mean, var, training=training)
+
+    compare(function, (rand(3, 4, 5, 6, nhwc=True, grad=True), *vectors(grad=True)))
+
+
 @pytest.mark.parametrize("itself", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_add_relu(backend: str, itself: bool) -> None:
@@ -303,16 +333,27 @@ def test_the_request_is_fixed_at_trace_time(monkeypatch: pytest.MonkeyPatch) -> 
         torch.ops.fused_resnet.add_relu(x, x, "library")
 
 
-def test_inductor() -> None:
-    """The whole way: a residual block's ops in one graph, forward and backward, compiled to C++."""
+def test_inductor_training() -> None:
+    """Forward and backward, ours and aten's kernels only: nothing that inductor has to compile, which takes long."""
 
-    def function(x: Tensor, weight: Tensor, gamma: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        y = fr.ops.conv_bn_act(x * 2, weight, gamma, None, mean, var, padding=1, training=True)
-        return fr.ops.add_relu(fr.ops.bn_act(y, gamma, None, None, None, x, training=True), y) * 3
+    def function(x: Tensor, residual: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        y = fr.ops.conv_bn_act(x, weight, gamma, beta, None, None, padding=1, training=True)
+        return fr.ops.bn_act_pool(fr.ops.add_relu(y, residual), gamma, None, None, None, training=True)
 
-    x, weight = rand(2, 4, 6, 6, nhwc=True, grad=True), rand(4, 4, 3, 3, grad=True)
-    gamma, _, mean, var = vectors(grad=True)
-    compare(function, (x, weight, gamma, mean, var), backend="inductor", tolerance=1e-4)
+    x, residual = rand(2, 4, 6, 6, nhwc=True, grad=True), rand(2, 4, 6, 6, grad=True)
+    tensors = (x, residual, rand(4, 4, 3, 3, grad=True), *vectors(grad=True)[:2])
+    compare(function, tensors, backend="inductor", tolerance=1e-4)
+
+
+def test_inductor_inference() -> None:
+    """Between pointwise kernels of inductor's own, which must respect the strides of ours."""
+
+    def function(x: Tensor, weight: Tensor, beta: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        y = fr.ops.conv_bn_act(x * 2, weight, None, beta, mean, var, padding=1)
+        return fr.ops.add_relu(fr.ops.bn_act(y, None, None, mean, var, x), y)
+
+    x = rand(2, 4, 6, 6, nhwc=True)
+    compare(function, (x, rand(4, 4, 3, 3), *vectors()[1:]), backward=False, backend="inductor", tolerance=1e-4)
 
 
 # --- torch.export, torch.fx, tracing, torch.func ---

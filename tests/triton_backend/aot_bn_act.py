@@ -56,9 +56,9 @@ def cases(full: bool) -> Iterator[Case]:
             if not full:
                 continue
             key = (layout == "nhwc", x.element_size(), x.shape[1])
-            tuned = [configs.candidates(kernel, key, configs.target(x))[1:] for kernel in PASSES]
-            for index, chosen in enumerate(zip(*tuned, strict=True)):
-                config = dict(zip(PASSES, chosen, strict=True))
+            tuned = {kernel: configs.candidates(kernel, key, configs.target(x))[1:] for kernel in PASSES}
+            for index in range(max(map(len, tuned.values()))):
+                config = {kernel: found[index % len(found)] for kernel, found in tuned.items()}
                 for variant in ("residual", "second-bn"):
                     yield Case(f"{name}-{variant}-{index}", variants[variant], config)
         if full:

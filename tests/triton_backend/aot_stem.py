@@ -41,7 +41,7 @@ def cases(full: bool) -> Iterator[Case]:
                 continue
             yield Case(f"{name}-frozen", lambda x=x: frozen(x), vector=vector, only=only)
             key = (layout == "nhwc", x.element_size(), x.shape[1])
-            tuned = [configs.candidates(kernel, key, configs.target(x))[1:] for kernel in PASSES]
-            for index, chosen in enumerate(zip(*tuned, strict=True)):
-                config = dict(zip(PASSES, chosen, strict=True))
+            tuned = {kernel: configs.candidates(kernel, key, configs.target(x))[1:] for kernel in PASSES}
+            for index in range(max(map(len, tuned.values()))):
+                config = {kernel: found[index % len(found)] for kernel, found in tuned.items()}
                 yield Case(f"{name}-training-{index}", lambda x=x: training(x), config, only=only)
