@@ -8,8 +8,8 @@ A *backend* is a module of `fused_resnet.backends` that has some of the function
 
 and may have
 
-    untested(op, x) -> None | reason               not proven equal to reference on x's device and dtype: asked by the
-                                                   automatic choice, not by an explicit request
+    untested(op, x) -> None | reason               not proven equal to reference on x's device, dtype and layout:
+                                                   asked by the automatic choice, not by an explicit request
 """
 
 from __future__ import annotations

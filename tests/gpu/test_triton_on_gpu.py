@@ -223,11 +223,12 @@ def test_nothing_is_checked_during_capture(monkeypatch):
     assert dispatch.choose("add_relu_forward", x).backend == "triton"
 
 
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", ["add_relu", "bn_act", "bn_bn_act", "bn_act_pool"])
-def test_the_self_check_passes(op, dtype, monkeypatch):
+def test_the_self_check_passes(op, dtype, layout, monkeypatch):
     monkeypatch.setattr(backend, "_tested", {})
-    assert backend.untested(op, torch.empty(1, dtype=dtype, device=DEVICE)) is None
+    assert backend.untested(op, draw((2, 2, 2, 2), dtype, layout)) is None
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

@@ -62,6 +62,8 @@ def cases(full: bool) -> Iterator[Case]:
                 for variant in ("residual", "second-bn"):
                     yield Case(f"{name}-{variant}-{index}", variants[variant], config)
         if full:
+            one = torch.empty((2, 1, 1, 1), dtype=dtype)  # arguments that are 1 are constants for the compiler
+            yield Case(f"{str(dtype)[6:]}-1", lambda x=one: everything(x, True, False, "relu", 0.1))
             wide = torch.empty((2, 2048, 7, 7), dtype=dtype, memory_format=torch.channels_last)
             yield Case(f"{str(dtype)[6:]}-2048", lambda x=wide: everything(x, True, False, "relu", 0.1), vector=vector)
             odd = torch.empty((2, 67, 7, 7), dtype=dtype, memory_format=torch.channels_last)

@@ -85,23 +85,24 @@ def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
 
 
 def untested(op: str, x: Tensor) -> str | None:
-    """None where the kernels of an op proved equal to `reference` on x's device and dtype, else the reason.
+    """None where the kernels of an op proved equal to `reference` on x's device, dtype and layout, else the reason.
 
     The proof is run once per process, by the first automatic choice; see `selfcheck`.
     """
-    reason = _tested.get((op, x.device, x.dtype), _UNKNOWN)
+    case = (op, x.device, x.dtype, x.is_contiguous())
+    reason = _tested.get(case, _UNKNOWN)
     if reason is not _UNKNOWN:
         return reason
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured, and the kernels are not checked yet: run once before"
     from fused_resnet.backends.triton import selfcheck
 
-    reason = _tested[op, x.device, x.dtype] = selfcheck.run(op, x.device, x.dtype)
+    reason = _tested[case] = selfcheck.run(*case)
     return reason
 
 
 _UNKNOWN = "unknown"
-_tested: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
+_tested: dict[tuple[str, torch.device, torch.dtype, bool], str | None] = {}
 
 
 def __getattr__(name: str) -> Any:

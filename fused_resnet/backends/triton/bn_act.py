@@ -79,8 +79,8 @@ def bn_statistics_kernel(x, partials, M, C, L, STAGES: tl.constexpr, BLOCK_R: tl
         mean += delta * (1.0 / tl.maximum(count, 1.0))
         m2 += delta * (value - mean)
     total, mean, m2 = merge_rows(tl.broadcast_to(count, [BLOCK_R, BLOCK_C]), mean, m2)
-    here = partials + part.to(tl.int64) * C + cols
-    plane = parts.to(tl.int64) * C
+    here = partials + part * C + cols
+    plane = parts * C
     tl.store(here, total, mask=inside)
     tl.store(here + plane, mean, mask=inside)
     tl.store(here + 2 * plane, m2, mask=inside)
@@ -110,14 +110,14 @@ def bn_statistics_finish_kernel(
     """mean and biased var of (3, P, C) partials (Chan, Golub, LeVeque 1983); updates the running statistics."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
-    plane = P.to(tl.int64) * C
+    plane = P * C
     n = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     m = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for first in range(0, P, BLOCK_P):
         parts = first + tl.arange(0, BLOCK_P)
         valid = (parts < P)[:, None] & inside[None, :]
-        here = partials + parts[:, None].to(tl.int64) * C + cols[None, :]
+        here = partials + parts[:, None] * C + cols[None, :]
         n_b = load(here, valid)
         delta = load(here + plane, valid) - m
         weight = n_b / tl.maximum(n + n_b, 1.0)
@@ -240,8 +240,8 @@ def bn_backward_reduce_kernel(
         sum_gx += tl.where(valid, g * centred, 0.0)
         if x2 is not None:
             sum_gx2 += tl.where(valid, g * centred2, 0.0)
-    to = partials + part.to(tl.int64) * C + cols
-    plane = parts.to(tl.int64) * C
+    to = partials + part * C + cols
+    plane = parts * C
     tl.store(to, tl.sum(sum_g, 0), mask=inside)
     tl.store(to + plane, tl.sum(sum_gx, 0), mask=inside)
     if x2 is not None:
@@ -255,7 +255,7 @@ def sum_parts(partials, P, C, cols, inside, BLOCK_P: tl.constexpr, BLOCK_C: tl.c
     for first in range(0, P, BLOCK_P):
         parts = first + tl.arange(0, BLOCK_P)
         valid = (parts < P)[:, None] & inside[None, :]
-        total += load(partials + parts[:, None].to(tl.int64) * C + cols[None, :], valid)
+        total += load(partials + parts[:, None] * C + cols[None, :], valid)
     return tl.sum(total, 0)
 
 
@@ -278,7 +278,7 @@ def bn_backward_finish_kernel(
     """grad_beta = S1 = sum(g), grad_gamma = S2 = sum(g * xhat), of one BN or of two that are added."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
-    plane = P.to(tl.int64) * C
+    plane = P * C
     sum_g = sum_parts(partials, P, C, cols, inside, BLOCK_P, BLOCK_C)
     sum_gx = sum_parts(partials + plane, P, C, cols, inside, BLOCK_P, BLOCK_C)
     tl.store(grad_beta + cols, sum_g, mask=inside)
@@ -360,14 +360,15 @@ def bn_backward_apply_kernel(
 PROGRAMS = 2  # per multiprocessor: as many as always fit, by registers
 STAGES = 4  # tiles in flight, where a loop waits for one tensor only
 FINISH = {"BLOCK_P": 64, "BLOCK_C": 8, "num_warps": 4}  # 32 bytes of a row of partials per program
+LIMIT = 2**31 - 2**16  # rows, so that the index of a row just beyond the last tile still has 32 bits
 
 
-def tile(key: configs.Key, block_c: int, vectors: int, warps: int) -> configs.Config:
+def tile(key: configs.Key, block_c: int, vectors: int, warps: int, programs: int = PROGRAMS) -> configs.Config:
     """A tile of `vectors` vectors of 16 bytes per thread, at most `block_c` channels wide."""
     _, itemsize, channels = key
     block_c = min(block_c, triton.next_power_of_2(int(channels)))
     rows = vectors * warps * 32 * 16 // int(itemsize) // block_c
-    return {"BLOCK_R": min(max(rows, 1), 1024), "BLOCK_C": block_c, "num_warps": warps}
+    return {"BLOCK_R": min(max(rows, 1), 1024), "BLOCK_C": block_c, "PROGRAMS": programs, "num_warps": warps}
 
 
 def _default(target: configs.Target, key: configs.Key) -> configs.Config:
@@ -375,8 +376,9 @@ def _default(target: configs.Target, key: configs.Key) -> configs.Config:
 
 
 def _candidates(target: configs.Target, key: configs.Key) -> list[configs.Config]:
-    shapes = ((64, 1, 8), (64, 2, 4), (64, 4, 4), (128, 2, 8)) if key[0] else ((8, 2, 4), (1, 2, 4))
-    return [tile(key, *shape) for shape in shapes]
+    nhwc = ((64, 2, 8, 4), (64, 1, 8, 4), (64, 2, 4, 4), (64, 4, 4, 4), (128, 2, 8, 2))
+    nchw = ((8, 2, 8, 4), (8, 2, 4, 4), (1, 2, 4, 4))
+    return [tile(key, *shape) for shape in (nhwc if key[0] else nchw)]
 
 
 def _staged(target: configs.Target, key: configs.Key) -> configs.Config:
@@ -384,7 +386,8 @@ def _staged(target: configs.Target, key: configs.Key) -> configs.Config:
 
 
 def _staged_candidates(target: configs.Target, key: configs.Key) -> list[configs.Config]:
-    return [c | {"STAGES": stages} for c in _candidates(target, key) for stages in (1, STAGES)]
+    tiles = [_default(target, key), *_candidates(target, key)]
+    return [config | {"STAGES": stages} for config in tiles for stages in (1, STAGES)]
 
 
 _SPACE = configs.Space(_default, _candidates)
@@ -402,11 +405,11 @@ def geometry(x: Tensor) -> tuple[int, int, int]:
 
 
 def plan(kernel: str, x: Tensor, rows: int, pixels: int) -> tuple[tuple[int, int], configs.Config]:
-    """(grid, config): parts of the rows and blocks of channels, up to `PROGRAMS` programs per multiprocessor in all."""
+    """(grid, options): parts of the rows and blocks of channels, in all up to PROGRAMS programs per multiprocessor."""
     channels = x.shape[1]
-    config = configs.pick(kernel, (pixels == 1, x.element_size(), channels), x)
+    config = dict(configs.pick(kernel, (pixels == 1, x.element_size(), channels), x))
     blocks = ceil_div(channels, config["BLOCK_C"])
-    parts = max(PROGRAMS * configs.target(x).multiprocessors // blocks, 1)
+    parts = max(config.pop("PROGRAMS") * configs.target(x).multiprocessors // blocks, 1)
     return (min(ceil_div(rows, config["BLOCK_R"]), parts), blocks), config
 
 
@@ -421,9 +424,7 @@ def workspace(x: Tensor, numbers: int, parts: int) -> Tensor:
 
 
 def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
-    if x.numel() // max(x.shape[1], 1) >= 2**31:
-        return "2**31 values per channel or more"
-    return None
+    return None if x.numel() < LIMIT * x.shape[1] or not x.numel() else f"{LIMIT} values per channel or more"
 
 
 def contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:

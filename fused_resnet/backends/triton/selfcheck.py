@@ -1,6 +1,6 @@
 """Do the kernels agree with `reference` on this device? Asked once per process, before they are chosen automatically.
 
-Small tensors in both layouts go through every primitive of an op. A result passes where its relative error against
+Small tensors go through every primitive of an op. A result passes where its relative error against
 float64 is at most twice that of `reference` in the same dtype, plus a few roundings.
 """
 
@@ -86,11 +86,12 @@ CHECKS: dict[str, Callable[[ModuleType, Tensor, Tensor, Tensor], Results]] = {
 }
 
 
-def _inputs(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _inputs(device: torch.device, dtype: torch.dtype, nchw: bool) -> Iterator[list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    for shape, form in (((4, 64, 16, 16), torch.channels_last), ((2, 19, 9, 11), torch.contiguous_format)):
+    for shape in ((4, 64, 16, 16), (2, 19, 9, 11)):
         values = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
-        yield tuple(v.to(device, dtype).contiguous(memory_format=form) for v in values)  # type: ignore[misc]
+        form = torch.contiguous_format if nchw else torch.channels_last
+        yield [v.to(device, dtype).contiguous(memory_format=form) for v in values]
 
 
 def _relative_error(value: Tensor, exact: Tensor) -> float:
@@ -106,7 +107,7 @@ def _complaint(ours: Results, plain: Results, exact: Results) -> str | None:
     return None
 
 
-def run(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def run(op: str, device: torch.device, dtype: torch.dtype, nchw: bool) -> str | None:
     """None where all results are within the error budget, else the reason, which is warned about as well."""
     check = CHECKS.get(op)
     if check is None:
@@ -114,12 +115,13 @@ def run(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     reason = None
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            for inputs in _inputs(device, dtype):
+            for inputs in _inputs(device, dtype, nchw):
                 exact = check(reference, *(t.double() for t in inputs))
                 complaint = _complaint(check(backend, *inputs), check(reference, *inputs), exact)
                 reason = reason or (complaint and f"its kernels differ from torch: {complaint}")
     except Exception as error:
         reason = f"its kernels fail: {type(error).__name__}: {error}"
     if reason is not None:
-        warnings.warn(f"fused_resnet: triton will not be used for {op} in {dtype} on {device}: {reason}", stacklevel=2)
+        where = f"{op} in {dtype}, {'NCHW' if nchw else 'NHWC'}, on {device}"
+        warnings.warn(f"fused_resnet: triton will not be used for {where}: {reason}", stacklevel=2)
     return reason

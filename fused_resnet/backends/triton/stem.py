@@ -162,9 +162,9 @@ def bn_pool_backward_reduce_kernel(
                 store(grad_x + here, s * g, valid)
             sum_g += tl.where(valid, g, 0.0)
             sum_gx += tl.where(valid, g * centred, 0.0)
-    to = partials + part.to(tl.int64) * C + cols
+    to = partials + part * C + cols
     tl.store(to, tl.sum(sum_g, 0), mask=inside)
-    tl.store(to + parts.to(tl.int64) * C, tl.sum(sum_gx, 0), mask=inside)
+    tl.store(to + parts * C, tl.sum(sum_gx, 0), mask=inside)
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def _default(target: configs.Target, key: configs.Key) -> configs.Config:
 
 
 def _candidates(target: configs.Target, key: configs.Key) -> list[configs.Config]:
-    shapes = ((64, 1, 4), (64, 2, 4)) if key[0] else ((1, 1, 4),)
+    shapes = ((64, 1, 8, 4), (64, 1, 4, 4), (64, 2, 4, 4)) if key[0] else ((8, 1, 4, 4), (1, 1, 4, 4))
     return [bn_act.tile(key, *shape) for shape in shapes]
 
 
