@@ -66,8 +66,10 @@ def captured_output():
                 os.dup2(saved[number - 1], number)
                 os.close(saved[number - 1])
             log.seek(0)
-            lines += log.read().decode(errors="replace").splitlines()
-            print(*lines, sep="\n", flush=True)
+            data = log.read()
+            lines += data.decode(errors="replace").splitlines()
+            with open(1, "wb", closefd=False) as stdout:
+                stdout.write(data)
 
 
 cpp_extension, no_torch = find_torch()
@@ -105,7 +107,7 @@ class BuildExt(Base):
             errors = [line for line in output if re.search(r"\berror:|not found|No such file", line)]
             self.reason = "\n".join(list(dict.fromkeys(errors))[:5] or [str(error)]).replace(f"{ROOT}/", "")[:1000]
         if self.reason:
-            print(f"fused_resnet: no extension: {self.reason}")
+            print(f"fused_resnet: no extension: {self.reason!a}")
             self.extensions = self.distribution.ext_modules = []
 
     @staticmethod
