@@ -14,8 +14,9 @@ from fused_resnet.ops.residual_block import Plan
 
 MEMORY = ("balanced", "low", "fast")
 
-# Pixels in the batch per input channel from which the Gram form is taken, by device type; nowhere else. On the CPU
-# (2 cores, AVX-512, float32) blocks in Gram form were as fast as unit by unit from about 60 on, and slower below.
+# Pixels in the batch per input channel from which the Gram form is taken, by device type; nowhere else. On the CPU a
+# provisional choice from few and noisy runs (2 cores, float32, 5 each): at 98 to 784 it was between 13% slower and 18%
+# faster than unit by unit. To be measured again.
 GRAM_PIXELS_PER_CHANNEL = {"cpu": 64.0}
 
 
