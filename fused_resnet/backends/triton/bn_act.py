@@ -372,7 +372,8 @@ def tile(key: configs.Key, block_c: int, vectors: int, warps: int, programs: int
 
 
 def _default(target: configs.Target, key: configs.Key) -> configs.Config:
-    return tile(key, 64 if key[0] else 8, 2, 8)
+    narrow = int(key[2]) % 8 != 0  # no 16-byte loads: more registers for addresses
+    return tile(key, 64 if key[0] else 8, 1 if narrow else 2, 8)
 
 
 def _candidates(target: configs.Target, key: configs.Key) -> list[configs.Config]:

@@ -217,7 +217,7 @@ def _default(target: configs.Target, key: configs.Key) -> configs.Config:
 
 
 def _candidates(target: configs.Target, key: configs.Key) -> list[configs.Config]:
-    shapes = ((64, 1, 8, 4), (64, 1, 4, 4), (64, 2, 4, 4)) if key[0] else ((8, 1, 4, 4), (1, 1, 4, 4))
+    shapes = ((64, 1, 8, 4), (64, 1, 4, 4), (32, 1, 4, 4)) if key[0] else ((8, 1, 4, 4), (1, 1, 4, 4))
     return [bn_act.tile(key, *shape) for shape in shapes]
 
 
