@@ -11,6 +11,7 @@ from harness import DTYPES, assert_close, assert_guards, guarded, like, track
 from tolerances import arrange
 from torch import Tensor
 
+import fused_resnet as fr
 from fused_resnet.backends import reference
 from fused_resnet.backends import triton as backend
 from fused_resnet.backends.triton import configs, conv
@@ -210,6 +211,28 @@ def test_a_large_mean_cancels():
     ours = backend.conv_bn_act_forward(*given, *shape.conv, 0.0, None)
     exact = reference.conv_bn_act_forward(*exact, *shape.conv, 0.0, None)
     assert (ours - exact).abs().max() < 0.02  # one rounding of a sum near 1000, over the standard deviation
+
+
+@pytest.mark.parametrize(("shape", "layout"), [("3x3-stride", "nchw"), ("stem", "channels_last")])
+def test_the_ops_eager_and_compiled(shape, layout):
+    shape = SHAPES[shape]
+    i = inputs(shape, torch.float32)
+    x, weight, residual = (arrange(t, layout) for t in (i.x, i.weight, i.residual))
+    options = dict(zip(("stride", "padding", "dilation", "groups"), shape.conv, strict=True))
+
+    def net(x: Tensor) -> Tensor:
+        vectors = (i.gamma, i.beta, i.mean, i.var)
+        y = fr.ops.conv_bn_act(x, weight, *vectors, residual, bias=i.bias, **options)
+        return y + fr.ops.conv_bias_act(x, weight, i.bias, activation=None, **options)
+
+    with fr.use_backend("reference"):
+        expected = net(x)
+    with fr.use_backend("triton"):
+        eager = net(x)
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+    for ours in (eager, compiled):
+        assert ours.stride() == expected.stride()
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_empty_batch():

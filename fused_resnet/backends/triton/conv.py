@@ -148,7 +148,7 @@ def _product(
             in_a, in_b = in_m[:, None], in_n[None, :]
             if not POINTWISE:
                 row, column = h[:, None] + r, w[:, None] + s
-                in_a = in_a & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+                in_a = in_a & (row.to(tl.uint32) < H) & (column.to(tl.uint32) < W)  # negative: huge
             if FILLED[1] < TAPS[1]:
                 in_a = in_a & (s < FILLED[1])
             if FILLED[0] > 0 and only is not None:  # this mask would split the pairs that are copied
@@ -324,11 +324,10 @@ WIDE_FROM = 2**30  # elements from which offsets have 64 bits
 
 
 def supports(primitive: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:
-    groups = args[-2 if primitive == "conv_bias_act_forward" else -3]
-    if groups > 1 and weight.shape[1] == 1:
-        return "no kernels for depthwise convolutions"
     if x.shape[1] == 0:
         return "the input has no channels"
+    if weight.shape[1] == 1 < x.shape[1]:
+        return "no kernels for depthwise convolutions"
     if max(x.numel() // x.shape[1], weight.numel()) >= INDEX_LIMIT:
         return "the input has over 2**31 pixels, or the weight over 2**31 elements"
     return None
@@ -373,7 +372,7 @@ def _conv(
         problem = Problem(dtype, precision, R * S, stride[0], C, K, groups, power_of_two(rows))
         config = configs.pick(CONV, problem, x)
         filled = (0, S)
-        if C <= FEW_CHANNELS and S > 1 and dilation[1] == 1 and groups == 1:
+        if C <= FEW_CHANNELS and S > 1 and dilation[1] == 1 and groups == 1 and x.numel() < INDEX_LIMIT:
             weight, filled = _as_one_channel(weight, padding[1] * C % 2)
             W, C = W * C, 1
             stride, padding = (stride[0], stride[1] * x.shape[1]), (padding[0], padding[1] * x.shape[1] + filled[0])
