@@ -11,6 +11,7 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "math.h"
 
@@ -75,18 +76,19 @@ inline void check_vector(const Tensor& t, int64_t c, ScalarType dtype, const cha
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must be float64 for float64 x, float32 otherwise");
 }
 
-// The data of an optional per-channel vector; nullptr stands for None.
+template <typename T>
+const T* read(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <typename T>
+T* write(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+// The data of an optional per-channel vector; nullptr stands for None. A is const unless it is written.
 template <typename A>
 A* vector_data(const OptionalTensor& t, int64_t c, ScalarType dtype, const char* name) {
   if (!t) return nullptr;
   check_vector(*t, c, dtype, name);
-  return static_cast<A*>(t->data_ptr());
+  if constexpr (std::is_const_v<A>) return read<A>(*t);
+  else return write<A>(*t);
 }
-
-template <typename T>
-const T* read(const Tensor& t) { return static_cast<const T*>(t.data_ptr()); }
-template <typename T>
-T* write(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 
 inline Tensor new_strided(const Tensor& like, int64_t dim, const int64_t* size, const int64_t* stride, bool acc) {
   int32_t dtype, device_type, device_index;
@@ -113,7 +115,7 @@ inline Tensor new_vector(const Tensor& x, int64_t c) {
 
 inline Tensor new_zero_vector(const Tensor& x, int64_t c) {
   Tensor t = new_vector(x, c);
-  if (c) std::memset(t.data_ptr(), 0, c * t.element_size());
+  if (c) std::memset(t.mutable_data_ptr(), 0, c * t.element_size());
   return t;
 }
 

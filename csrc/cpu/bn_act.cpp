@@ -11,6 +11,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
+#include <type_traits>
+#include <utility>
 
 #include "../checks.h"
 #include "parallel.h"
@@ -26,11 +28,14 @@ constexpr int64_t kBlock = 64;        // channels merged together
 
 struct Tile { int64_t rows, lanes, stride; };  // stride between rows, in elements
 
-// Keeps the compiler from interleaving rows. Welcome in a reduction, but a load stalls behind a store that is a multiple of
-// 4 KiB away, as rows often are.
-FR_HD void keep_rows_apart() {
+// Asks for a row that is about to be written: x86 commits stores in order, so that one that misses the cache holds up the
+// accumulators behind it. (It also keeps the compiler from interleaving rows, whose addresses often differ by a multiple of
+// 4 KiB: loads would wait for unrelated stores.)
+template <typename T>
+FR_HD void prefetch_row(const Tile& t, int64_t row, const T* data) {
 #if defined(__GNUC__)
-  asm volatile("" ::: "memory");
+  if (row >= t.rows) return;
+  for (int64_t l = 0; l < t.lanes; l += 64 / int64_t(sizeof(T))) __builtin_prefetch(data + row * t.stride + l, 1);
 #endif
 }
 
@@ -56,7 +61,7 @@ FR_CLONES void apply(Tile t, const T* __restrict x, const T* __restrict residual
                      const acc_t<T>* __restrict mean, const acc_t<T>* __restrict scale, const acc_t<T>* __restrict beta) {
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t i = r * t.stride;
-    keep_rows_apart();
+    prefetch_row(t, r + 1, out);
     for (int64_t l = 0; l < t.lanes; ++l) {
       acc_t<T> y = bn(load(x[i + l]), mean[l], scale[l], beta[l]);
       if constexpr (Residual) y += load(residual[i + l]);
@@ -77,7 +82,8 @@ FR_CLONES void grad_sums(Tile t, const T* __restrict grad, const T* __restrict x
                          acc_t<T>* __restrict sum_x) {
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t i = r * t.stride;
-    if constexpr (M == Mask::out || Frozen) keep_rows_apart();
+    if constexpr (M == Mask::out) prefetch_row(t, r + 1, grad_residual);
+    if constexpr (Frozen) prefetch_row(t, r + 1, grad_x);
     for (int64_t l = 0; l < t.lanes; ++l) {
       acc_t<T> g = load(grad[i + l]);
       const acc_t<T> v = load(x[i + l]);
@@ -99,7 +105,7 @@ FR_CLONES void grad_apply(Tile t, const T* __restrict grad, const T* __restrict 
                           const acc_t<T>* __restrict beta, const acc_t<T>* __restrict k1, const acc_t<T>* __restrict k2) {
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t i = r * t.stride;
-    keep_rows_apart();
+    prefetch_row(t, r + 1, grad_x);
     for (int64_t l = 0; l < t.lanes; ++l) {
       acc_t<T> g = load(grad[i + l]);
       const acc_t<T> v = load(x[i + l]);
@@ -145,32 +151,34 @@ struct Region {
   }
 };
 
+// Items are chunks of rows times tiles of lanes.
 struct Rows {
-  int64_t c, m, fold, lanes, rows, chunks = 1;
+  int64_t c, m, fold, lanes, rows, tiles, chunks = 1;  // fold: rows of c side by side in a row of lanes
 
   explicit Rows(const Shape& s)
-      : c(s.c), m(s.count()), fold(std::max<int64_t>(1, kLanes / 2 / c)), lanes(fold * c), rows(m / fold) {
+      : c(s.c), m(s.count()), fold(std::max<int64_t>(1, kLanes / 2 / c)), lanes(fold * c), rows(m / fold),
+        tiles(ceil_div(lanes, kLanes)) {
     const int64_t most = std::min(rows / 32, s.numel() / kGrain);
     while (chunks * 2 <= most) chunks *= 2;
   }
 
+  int64_t items() const { return chunks * tiles; }
+  int64_t work() const { return m * c / items(); }
+  int64_t chunk(int64_t item) const { return item / tiles; }
+  int64_t lane(int64_t item) const { return item % tiles * kLanes; }
   int64_t first(int64_t chunk) const { return rows * chunk / chunks; }
   int64_t rest(int64_t chunk) const { return chunk == chunks - 1 ? m % fold : 0; }  // rows of c that fill no row of lanes
   int64_t count(int64_t chunk) const { return (first(chunk + 1) - first(chunk)) * fold + rest(chunk); }
-  int64_t work() const { return m * c / chunks; }
 
-  template <typename F>  // f(first channel, channels): the merge, in blocks so that it walks along the partial results
+  Region region(int64_t item) const {
+    const int64_t i = chunk(item), l = lane(item);
+    return {first(i) * lanes + l, first(i + 1) - first(i), std::min(kLanes, lanes - l), lanes, rest(i) * c, 1, 0};
+  }
+
+  template <typename F>  // f(first channel, channels): merges partial results, in blocks so that it walks along them
   void channel_blocks(const F& f) const {
     parallel_items(ceil_div(c, kBlock), chunks * kBlock, false,
                    [&](int64_t b) { f(b * kBlock, std::min(kBlock, c - b * kBlock)); });
-  }
-
-  template <typename F>  // f(region, first lane); with fold > 1 there is one region
-  void regions(int64_t chunk, const F& f) const {
-    for (int64_t l = 0; l < lanes; l += kLanes) {
-      f(Region{first(chunk) * lanes + l, first(chunk + 1) - first(chunk), std::min(kLanes, lanes - l), lanes,
-               rest(chunk) * c, 1, 0}, l);
-    }
   }
 };
 
@@ -283,22 +291,22 @@ void rows_statistics(const Rows& plan, const T* x, const Statistics<acc_t<T>>& s
   using A = acc_t<T>;
   const int64_t c = plan.c;
   auto parts = scratch<Moments>(plan.chunks * c);
-  parallel_items(plan.chunks, plan.work(), false, [&](int64_t chunk) {
-    const int64_t count = plan.count(chunk), pilots = std::min<int64_t>(4, count);
-    plan.regions(chunk, [&](const Region& region, int64_t lane) {
-      A pilot[kLanes] = {}, sum[kLanes] = {}, sum_sq[kLanes] = {};
-      const int64_t channels = std::min(region.lanes, c);
-      for (int64_t r = 0; r < pilots; ++r) {
-        for (int64_t i = 0; i < channels; ++i) pilot[i] += load(x[region.base + r * c + i]);
-      }
-      for (int64_t i = 0; i < channels; ++i) pilot[i] = pilot_value<T>(pilot[i] / A(pilots));
-      for (int64_t l = channels; l < region.lanes; ++l) pilot[l] = pilot[l - c];
-      region.each(false, [&](int64_t i, Tile t) { sums<T>(t, x + i, pilot, sum, sum_sq); });
-      for (int64_t i = 0; i < channels; ++i) {
-        parts[chunk * c + lane + i] = moments(double(count), pilot[i], strided_sum(sum, i, region.lanes, c),
-                                              strided_sum(sum_sq, i, region.lanes, c));
-      }
-    });
+  parallel_items(plan.items(), plan.work(), false, [&](int64_t item) {
+    const Region region = plan.region(item);
+    const int64_t count = plan.count(plan.chunk(item)), pilots = std::min<int64_t>(4, count);
+    const int64_t channels = std::min(region.lanes, c);
+    A pilot[kLanes] = {}, sum[kLanes] = {}, sum_sq[kLanes] = {};
+    for (int64_t r = 0; r < pilots; ++r) {
+      for (int64_t i = 0; i < channels; ++i) pilot[i] += load(x[region.base + r * c + i]);
+    }
+    for (int64_t i = 0; i < channels; ++i) pilot[i] = pilot_value<T>(pilot[i] / A(pilots));
+    for (int64_t l = channels; l < region.lanes; ++l) pilot[l] = pilot[l - c];
+    region.each(false, [&](int64_t i, Tile t) { sums<T>(t, x + i, pilot, sum, sum_sq); });
+    Moments* part = &parts[plan.chunk(item) * c + plan.lane(item)];
+    for (int64_t i = 0; i < channels; ++i) {
+      part[i] = moments(double(count), pilot[i], strided_sum(sum, i, region.lanes, c),
+                        strided_sum(sum_sq, i, region.lanes, c));
+    }
   });
   plan.channel_blocks([&](int64_t first, int64_t n) {
     double mean[kBlock] = {}, m2[kBlock] = {};
@@ -311,19 +319,6 @@ void rows_statistics(const Rows& plan, const T* x, const Statistics<acc_t<T>>& s
       for (int64_t i = 0; i < n; ++i) m2[i] += m2_about(count, parts[p * c + first + i], mean[i]);
     }
     for (int64_t i = 0; i < n; ++i) stats.set(first + i, mean[i], m2[i]);
-  });
-}
-
-template <typename T, typename Apply>
-void rows_apply(const Rows& plan, const Vectors<acc_t<T>>& vectors, const Apply& apply_tile) {
-  using A = acc_t<T>;
-  auto memory = scratch<A>(plan.lanes * Lanes<A>::kVectors);
-  const Lanes<A> k(memory.get(), plan.lanes);
-  for (int64_t c = 0; c < plan.c; ++c) k.set(vectors, c, c, plan.fold, plan.c);
-  parallel_items(plan.chunks, plan.work(), true, [&](int64_t chunk) {
-    plan.regions(chunk, [&](const Region& region, int64_t lane) {
-      region.each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, lane); });
-    });
   });
 }
 
@@ -360,7 +355,12 @@ void forward(const Shape& shape, const T* x, const T* residual, T* out, const Ve
   if (shape.rows) {
     const Rows plan(shape);
     if (stats) rows_statistics<T>(plan, x, *stats);
-    return rows_apply<T>(plan, vectors, apply_tile);
+    auto memory = scratch<A>(plan.lanes * Lanes<A>::kVectors);
+    const Lanes<A> k(memory.get(), plan.lanes);
+    for (int64_t c = 0; c < plan.c; ++c) k.set(vectors, c, c, plan.fold, plan.c);
+    return parallel_items(plan.items(), plan.work(), true, [&](int64_t item) {
+      plan.region(item).each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, plan.lane(item)); });
+    });
   }
   const Planes plan(shape);
   parallel_items(plan.groups, plan.work(), false, [&](int64_t g) {
@@ -415,14 +415,14 @@ void backward(const Shape& shape, const T* grad, const T* x, const T* out, T* gr
     auto parts = scratch<GradSums>(plan.chunks * c);
     const Lanes<A> k(memory.get(), plan.lanes);
     for (int64_t i = 0; i < c; ++i) k.set(vectors, i, i, plan.fold, c);
-    parallel_items(plan.chunks, plan.work(), false, [&](int64_t chunk) {
-      plan.regions(chunk, [&](const Region& region, int64_t lane) {
-        A sum[kLanes] = {}, sum_x[kLanes] = {};
-        region.each(false, [&](int64_t i, Tile t) { sum_tile(i, t, k, lane, sum, sum_x); });
-        for (int64_t i = 0; i < std::min(region.lanes, c); ++i) {
-          parts[chunk * c + lane + i] = {strided_sum(sum, i, region.lanes, c), strided_sum(sum_x, i, region.lanes, c)};
-        }
-      });
+    parallel_items(plan.items(), plan.work(), false, [&](int64_t item) {
+      const Region region = plan.region(item);
+      A sum[kLanes] = {}, sum_x[kLanes] = {};
+      region.each(false, [&](int64_t i, Tile t) { sum_tile(i, t, k, plan.lane(item), sum, sum_x); });
+      GradSums* part = &parts[plan.chunk(item) * c + plan.lane(item)];
+      for (int64_t i = 0; i < std::min(region.lanes, c); ++i) {
+        part[i] = {strided_sum(sum, i, region.lanes, c), strided_sum(sum_x, i, region.lanes, c)};
+      }
     });
     plan.channel_blocks([&](int64_t first, int64_t n) {
       GradSums s[kBlock] = {};
@@ -434,10 +434,8 @@ void backward(const Shape& shape, const T* grad, const T* x, const T* out, T* gr
       }
     });
     if constexpr (!Frozen) {
-      parallel_items(plan.chunks, plan.work(), true, [&](int64_t chunk) {
-        plan.regions(chunk, [&](const Region& region, int64_t lane) {
-          region.each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, lane); });
-        });
+      parallel_items(plan.items(), plan.work(), true, [&](int64_t item) {
+        plan.region(item).each(true, [&](int64_t i, Tile t) { apply_tile(i, t, k, plan.lane(item)); });
       });
     }
     return;
@@ -488,7 +486,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_train_forward(
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    const Vectors<A> vectors{vector_data<A>(gamma, c, acc, "gamma"), vector_data<A>(beta, c, acc, "beta"), write<A>(mean),
+    const Vectors<A> vectors{vector_data<const A>(gamma, c, acc, "gamma"), vector_data<const A>(beta, c, acc, "beta"), write<A>(mean),
                              write<A>(var), eps};
     const Statistics<A> stats{write<A>(mean), write<A>(var), vector_data<A>(running_mean, c, acc, "running_mean"),
                               vector_data<A>(running_var, c, acc, "running_var"), momentum, double(shape.count())};
@@ -509,8 +507,8 @@ Tensor bn_act_eval_forward(const Tensor& x, const OptionalTensor& gamma, const O
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    const Vectors<A> vectors{vector_data<A>(gamma, c, acc, "gamma"), vector_data<A>(beta, c, acc, "beta"),
-                             vector_data<A>(mean, c, acc, "mean"), vector_data<A>(var, c, acc, "var"), eps};
+    const Vectors<A> vectors{vector_data<const A>(gamma, c, acc, "gamma"), vector_data<const A>(beta, c, acc, "beta"),
+                             vector_data<const A>(mean, c, acc, "mean"), vector_data<const A>(var, c, acc, "var"), eps};
     dispatch_forward<T>(shape, x, residual, out, vectors, nullptr, relu);
   });
   return out;
@@ -536,7 +534,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    const Vectors<A> vectors{vector_data<A>(gamma, c, acc, "gamma"), vector_data<A>(beta, c, acc, "beta"), read<A>(mean),
+    const Vectors<A> vectors{vector_data<const A>(gamma, c, acc, "gamma"), vector_data<const A>(beta, c, acc, "beta"), read<A>(mean),
                              read<A>(var), eps};
     const ParameterGrads<A> grads{write<A>(grad_gamma), write<A>(grad_beta), double(shape.count())};
     const auto run = [&](auto mask) {

@@ -28,7 +28,7 @@ TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 SUITES: dict[str, tuple[str, ...]] = {
     "add_relu": ("add_relu", "common"),
     "bn_act": ("bn_act", "common"),
-    "stem": ("stem", "bn_act", "common"),
+    "bn_act_pool": ("bn_act_pool", "bn_act", "common"),
     "conv": ("conv", "common"),
 }
 

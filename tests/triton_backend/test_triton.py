@@ -41,7 +41,9 @@ def _run(name: str) -> subprocess.CompletedProcess[str]:
 def outcome(request: pytest.FixtureRequest) -> Iterator[Callable[[str], subprocess.CompletedProcess[str]]]:
     """The outcome of a job. All jobs of the selected tests start together, as many at once as there are processors."""
     wanted = [
-        item.callspec.params["job"] for item in request.session.items if "job" in getattr(item, "fixturenames", ())
+        item.callspec.params["job"]
+        for item in request.session.items
+        if item.module is request.module and "job" in item.fixturenames
     ]
     pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))
     futures: dict[str, Future[subprocess.CompletedProcess[str]]] = {

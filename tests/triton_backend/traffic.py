@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-from fused_resnet.backends.triton import add_relu, bn_act, configs, runtime, stem  # noqa: E402
+from fused_resnet.backends.triton import add_relu, bn_act, bn_act_pool, configs, runtime  # noqa: E402
 
 EPS = 1e-5
 
@@ -92,12 +92,12 @@ def stem_calls(x: Tensor) -> Iterator[Call]:
     window = pooled.nbytes + offsets.nbytes
     yield Call(
         "stem forward",
-        lambda: stem.bn_act_pool_train_forward(x, *vectors(x), 0.1, EPS, "relu", True),
+        lambda: bn_act_pool.bn_act_pool_train_forward(x, *vectors(x), 0.1, EPS, "relu", True),
         2 * x.nbytes + window,
     )
     yield Call(
         "stem backward",
-        lambda: stem.bn_act_pool_backward(pooled, offsets, x, *vectors(x), EPS, "relu", True),
+        lambda: bn_act_pool.bn_act_pool_backward(pooled, offsets, x, *vectors(x), EPS, "relu", True),
         3 * x.nbytes + 2 * window,
     )
 

@@ -26,9 +26,9 @@ _MODULES = {
     "bn_act_backward": "bn_act",
     "bn_bn_act_train_forward": "bn_act",
     "bn_bn_act_backward": "bn_act",
-    "bn_act_pool_train_forward": "stem",
-    "bn_act_pool_eval_forward": "stem",
-    "bn_act_pool_backward": "stem",
+    "bn_act_pool_train_forward": "bn_act_pool",
+    "bn_act_pool_eval_forward": "bn_act_pool",
+    "bn_act_pool_backward": "bn_act_pool",
     "conv_bias_act_forward": "conv",
     "conv_bn_act_forward": "conv",
 }

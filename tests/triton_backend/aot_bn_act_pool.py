@@ -1,4 +1,4 @@
-"""What is compiled of the stem."""
+"""What is compiled of bn_act_pool."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from aot import Case
 from harness import DTYPES
 from torch import Tensor
 
-from fused_resnet.backends.triton import configs, stem
+from fused_resnet.backends.triton import bn_act_pool, configs
 
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
-PASSES = (stem.APPLY, stem.BACKWARD_REDUCE, stem.BACKWARD_APPLY)
+PASSES = (bn_act_pool.APPLY, bn_act_pool.BACKWARD_REDUCE, bn_act_pool.BACKWARD_APPLY)
 
 
 def training(x: Tensor) -> Any:
     v = torch.empty(x.shape[1])
-    out, offsets, mean, var = stem.bn_act_pool_train_forward(x, v, v, v, v, 0.1, 1e-5, "relu", True)
-    return stem.bn_act_pool_backward(out, offsets, x, v, v, mean, var, 1e-5, "relu", True)
+    out, offsets, mean, var = bn_act_pool.bn_act_pool_train_forward(x, v, v, v, v, 0.1, 1e-5, "relu", True)
+    return bn_act_pool.bn_act_pool_backward(out, offsets, x, v, v, mean, var, 1e-5, "relu", True)
 
 
 def frozen(x: Tensor) -> Any:
     v = torch.empty(x.shape[1])
-    stem.bn_act_pool_eval_forward(x, v, v, v, v, 1e-5, "relu", False)
-    out, offsets = stem.bn_act_pool_eval_forward(x, v, v, v, v, 1e-5, "relu", True)
-    return stem.bn_act_pool_backward(out, offsets, x, v, v, v, v, 1e-5, "relu", False)
+    bn_act_pool.bn_act_pool_eval_forward(x, v, v, v, v, 1e-5, "relu", False)
+    out, offsets = bn_act_pool.bn_act_pool_eval_forward(x, v, v, v, v, 1e-5, "relu", True)
+    return bn_act_pool.bn_act_pool_backward(out, offsets, x, v, v, v, v, 1e-5, "relu", False)
 
 
 def cases(full: bool) -> Iterator[Case]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_resnet.backends import reference
 from fused_resnet.backends import triton as backend
-from fused_resnet.backends.triton import configs, stem
+from fused_resnet.backends.triton import bn_act_pool, configs
 
 EPS = 1e-5
 pytestmark = pytest.mark.usefixtures("poison")
@@ -52,7 +52,7 @@ def chosen(y: Tensor, offsets: Tensor) -> Tensor:
 def few_programs():
     """The interpreter's cost is per program: the narrow blocks of channels that suit NCHW would make many."""
     with contextlib.ExitStack() as stack:
-        for kernel in (stem.APPLY, stem.BACKWARD_REDUCE, stem.BACKWARD_APPLY):
+        for kernel in (bn_act_pool.APPLY, bn_act_pool.BACKWARD_REDUCE, bn_act_pool.BACKWARD_APPLY):
             stack.enter_context(configs.override(kernel, {"BLOCK_R": 64, "BLOCK_C": 64, "PROGRAMS": 2, "num_warps": 8}))
         yield
 
