@@ -12,7 +12,7 @@ TORCH := from importlib.metadata import version; torch = tuple(map(int, version(
 HAS_TORCH := $(TORCH); raise SystemExit(torch < (2, 11))
 # An environment over a Python that has its own torch keeps that torch and what goes with it; else everything is pinned.
 CONSTRAINTS = $(shell grep -qsi 'site-packages = true' $(VENV)/pyvenv.cfg || echo -c constraints.txt)
-CSRC := $(shell find csrc)
+CSRC := $(shell find csrc -type f -not -name '*.pyc')
 
 # Where there is a compiler, a build without the extension is a failure.
 ifeq ($(FUSED_RESNET_NO_EXT),)

@@ -33,9 +33,9 @@ class ResNet(FusedModule):
         norm_layer: called with a number of channels; anything but nn.BatchNorm2d runs unfused.
         in_channels: channels of the input images.
         memory: what training keeps for the backward pass. "fast": raw and rectified conv outputs, as torch does.
-            "balanced": as "fast", but in blocks where the Gram form is not slower neither the rectified outputs nor
-            the wide raw one. "low": block inputs and statistics alone; the convs are computed again. The results
-            are the same but for rounding.
+            "balanced": as "fast", but blocks that `fused_resnet.plans` gives the Gram form keep neither the rectified
+            outputs nor the wide raw one. "low": block inputs and statistics alone; the convs are computed again. The
+            results are the same but for rounding.
     """
 
     def __init__(
