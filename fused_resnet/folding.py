@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+FOLDED = "batch_norm_folded"  # the entry by which state dicts of folded models are known
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that statistics and scales of a `dtype` tensor are computed in."""

@@ -12,7 +12,7 @@ from torch.fx import Proxy, Tracer
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_resnet import dispatch, ops
-from fused_resnet.folding import FoldCache, accumulate_dtype, fold
+from fused_resnet.folding import FOLDED, FoldCache, accumulate_dtype, fold
 from fused_resnet.ops.checks import (
     autocast_dtype,
     check_activation,
@@ -136,9 +136,14 @@ class FusedModule(nn.Module):
         self.refresh()
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + FOLDED in state_dict:  # here, since strict=False would pass over it
+            raise RuntimeError(
+                f"{type(self).__name__} has batch norm, but the state dict was saved from a folded model "
+                "(fused_resnet.to_plain): load the state dict of the model before folding"
+            )
         self.refresh()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _conv_bn_act(
         self,
@@ -237,7 +242,7 @@ class FusedModule(nn.Module):
 
 
 def _as_leaf(module: nn.Module, x: Proxy, *args: Any) -> Proxy:
-    """Under torch.fx our modules are leaves, as torch.nn's are."""
+    """Under torch.fx our modules are leaves, as torch.nn's are; restored, they show their parts."""
     return x.tracer.create_proxy("call_module", cast(Tracer, x.tracer).path_of_module(module), (x, *args), {})
 
 
@@ -280,7 +285,7 @@ class ConvBNAct(FusedModule):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W), and a residual of the output's shape, to (N, K, H', W')."""
-        if isinstance(x, Proxy):
+        if self._fused and isinstance(x, Proxy):
             return _as_leaf(self, x, residual)
         return self._conv_bn_act("conv", x, self.conv, self.bn, self.act, residual)
 
@@ -302,12 +307,12 @@ class BNAct(nn.BatchNorm2d):
         return f"{super().extra_repr()}, activation={self.activation!r}"
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if not 2 <= input.dim() <= 5:
+        if not isinstance(input, Proxy) and not 2 <= input.dim() <= 5:
             raise ValueError(f"BNAct: x must be (N, C, ...) of 2 to 5 dimensions, got shape {tuple(input.shape)}")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, ...), and a residual of the same shape, to the same shape."""
-        if isinstance(x, Proxy):
+        if self._fused and isinstance(x, Proxy):
             return _as_leaf(self, x, residual)
         if not self._fused or call_reason() is not None:
             y = super().forward(x)
@@ -333,7 +338,7 @@ class AddReLU(nn.Module):
     _fused = True
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
+        if self._fused and isinstance(x, Proxy):
             return _as_leaf(self, x, residual)
         if not self._fused or call_reason() is not None:
             return torch.relu(x + residual)
@@ -393,7 +398,7 @@ class _Block(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, planes * expansion, H', W'), channels_last where x is."""
-        if isinstance(x, Proxy):
+        if self._fused and isinstance(x, Proxy):
             return _as_leaf(self, x)
         plan = self._plan(x)
         if plan is not None:
@@ -411,7 +416,9 @@ class _Block(FusedModule):
 
     def _plan(self, x: Tensor) -> Plan | None:
         """How the block runs as one op: where gradients are taken of channels_last tensors, and nothing is odd."""
-        if self.memory == "fast" or not needs_grad(x, *self.parameters()) or is_traced(x) or not is_channels_last(x):
+        if not self._fused or self.memory == "fast":
+            return None
+        if not needs_grad(x, *self.parameters()) or is_traced(x) or not is_channels_last(x):
             return None
         if self.unfused() or not dispatch.is_fused("bn_act", x.device.type):
             return None

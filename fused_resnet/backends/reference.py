@@ -193,12 +193,14 @@ def _pool(y: Tensor, with_offsets: bool) -> tuple[Tensor, Tensor | None]:
     """3x3/2 max pool with padding 1: (out, offsets). An offset (uint8) is 3 * row + column of the maximum within its
     window; among equals the first counts, a NaN counts as largest and the last NaN wins, as in torch."""
     out, indices = torch.ops.aten.max_pool2d_with_indices(y, *_POOL)
-    if not with_offsets:
-        return out, None
-    rows = torch.arange(out.shape[2], device=y.device).view(-1, 1) * 2 - 1
-    columns = torch.arange(out.shape[3], device=y.device) * 2 - 1
-    offsets = (indices // y.shape[3] - rows) * 3 + indices % y.shape[3] - columns
-    return out, offsets.to(torch.uint8)
+    return out, pool_offsets(indices, y.shape[3]) if with_offsets else None
+
+
+def pool_offsets(indices: Tensor, width: int) -> Tensor:
+    """The offsets within their windows of the positions that torch's max pool gives in images `width` pixels wide."""
+    rows = torch.arange(indices.shape[2], device=indices.device).view(-1, 1) * 2 - 1
+    columns = torch.arange(indices.shape[3], device=indices.device) * 2 - 1
+    return ((indices // width - rows) * 3 + indices % width - columns).to(torch.uint8)
 
 
 def pool_indices(offsets: Tensor, width: int) -> Tensor:

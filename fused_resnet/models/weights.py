@@ -14,6 +14,8 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.folding import FOLDED
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -118,6 +120,11 @@ def _unwrapped(name: str, loaded: Any) -> dict[str, Tensor]:
 
 def _compare(name: str, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """One sentence about what differs; the argument to change comes first."""
+    if FOLDED in state:
+        raise ValueError(
+            f"{name}: the weights were saved from a folded model (fused_resnet.to_plain) and have no batch norm left: "
+            "give those of the model before folding"
+        )
     for key, argument, axis in (("fc.weight", "num_classes", 0), ("conv1.weight", "in_channels", 1)):
         if key in state and key in expected and state[key].dim() == expected[key].dim():
             sides = state[key].shape[axis], expected[key].shape[axis]
