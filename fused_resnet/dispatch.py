@@ -73,12 +73,14 @@ class BackendUnavailableError(RuntimeError):
 class Choice(NamedTuple):
     """The backend that serves a call, its function, and why each backend before it in the order does not.
 
-    `pack` is set where the backend wants BN folded into the weight, and packs such a weight for its convolution.
+    `pack` is set where the backend wants BN folded into the weight, and packs such a weight for its convolution;
+    `onto_residual` is then its conv_bias_act_forward that may write over the residual.
     """
 
     backend: str
     function: Callable[..., Any]
     pack: Callable[..., Tensor] | None = None
+    onto_residual: Callable[..., Tensor] | None = None
     skipped: tuple[tuple[str, str], ...] = ()
 
 
@@ -202,7 +204,7 @@ def choose(primitive: str, x: Tensor, *args: Any, backend: str | None = None) ->
         function, reason = _refusal(name, primitive, x, args)
         if function is None:
             raise BackendUnavailableError(f"backend {name!r} cannot serve {primitive} on {x.device.type}: {reason}")
-        return Choice(name, function, getattr(_module(name), "pack", None))
+        return _choice(name, function)
     skipped: list[tuple[str, str]] = []
     for name in AUTOMATIC.get(x.device.type, {}).get(_OP_OF[primitive], _ELSEWHERE):
         function, reason = _refusal(name, primitive, x, args)
@@ -210,9 +212,15 @@ def choose(primitive: str, x: Tensor, *args: Any, backend: str | None = None) ->
             untested = getattr(_module(name), "untested", None)
             reason = None if untested is None else untested(_OP_OF[primitive], x)
             if reason is None:
-                return Choice(name, function, getattr(_module(name), "pack", None), tuple(skipped))
+                return _choice(name, function, tuple(skipped))
         skipped.append((name, str(reason)))
     raise AssertionError(f"no backend serves {primitive}: {skipped}")  # "reference" refuses nothing
+
+
+def _choice(name: str, function: Callable[..., Any], skipped: tuple[tuple[str, str], ...] = ()) -> Choice:
+    module = _module(name)
+    onto_residual = getattr(module, "conv_bias_act_onto_residual", None)
+    return Choice(name, function, getattr(module, "pack", None), onto_residual, skipped)
 
 
 def call(primitive: str, x: Tensor, *args: Any, backend: str | None = None) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy, Tracer
@@ -23,6 +24,7 @@ from fused_resnet.ops.checks import (
 )
 from fused_resnet.ops.conv_bias_act import conv_layout, conv_output_shape
 from fused_resnet.ops.residual_block import Plan, Unit, residual_block
+from fused_resnet.ops.sync_bn_act import sync_bn_act
 from fused_resnet.plans import plan_block
 
 Units = dict[str, tuple[nn.Module, nn.Module, nn.Module | None]]
@@ -44,12 +46,17 @@ def call_reason() -> str | None:
     return "torch.jit.trace is active" if torch._C._get_tracing_state() else None
 
 
-def unfused_reason(conv: nn.Module | None, bn: nn.Module | None, act: nn.Module | None) -> str | None:
-    """Why a conv, BN, activation unit must run unfused: None where nothing that fusion bypasses would be missed."""
+def unfused_reason(
+    conv: nn.Module | None, bn: nn.Module | None, act: nn.Module | None, norm: type[nn.Module] = nn.BatchNorm2d
+) -> str | None:
+    """Why a conv, BN, activation unit must run unfused: None where nothing that fusion bypasses would be missed.
+
+    `norm` is the type of BN that the caller knows to run.
+    """
     reason = call_reason()
     if reason is not None:
         return reason
-    for child, expected in ((conv, nn.Conv2d), (bn, nn.BatchNorm2d), (act, nn.ReLU)):
+    for child, expected in ((conv, nn.Conv2d), (bn, norm), (act, nn.ReLU)):
         if child is None:
             continue
         if type(child) is not expected:  # a subclass, a parametrized or a wrapped module may compute something else
@@ -67,7 +74,20 @@ def unfused_reason(conv: nn.Module | None, bn: nn.Module | None, act: nn.Module 
     return None
 
 
-def _batch_momentum(bn: nn.BatchNorm2d) -> float | Tensor:
+def _norm(bn: nn.Module | None) -> type[nn.Module]:
+    """The type of BN that this unit may have: ours across processes, else torch's."""
+    return SyncBatchNorm if type(bn) is SyncBatchNorm else nn.BatchNorm2d
+
+
+def _affine(bn: nn.BatchNorm2d, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """BN's gamma and beta, times a residual branch's scale: scale * bn(y) is a BN itself, so kernels need not know."""
+    if scale is None:
+        return bn.weight, bn.bias
+    gamma = scale.repeat(bn.num_features) if bn.weight is None else bn.weight * scale
+    return gamma, None if bn.bias is None else bn.bias * scale
+
+
+def _batch_momentum(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> float | Tensor:
     """Count the batch as nn.BatchNorm2d does; the weight of its statistics, on the device where it is an average."""
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
@@ -77,11 +97,11 @@ def _batch_momentum(bn: nn.BatchNorm2d) -> float | Tensor:
     return 0.0 if bn.momentum is None else bn.momentum
 
 
-def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+def _uses_batch_statistics(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+def _running(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics as nn.BatchNorm2d hands them on: not where it trains without tracking."""
     return (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
 
@@ -120,7 +140,8 @@ class FusedModule(nn.Module):
         """unit -> why it would run unfused now."""
         if not self._fused:
             return dict.fromkeys(self.units(), "restored")
-        reasons = {name: unfused_reason(*children) for name, children in self.units().items()}
+        units = self.units().items()
+        reasons = {name: unfused_reason(conv, bn, act, _norm(bn)) for name, (conv, bn, act) in units}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def refresh(self) -> None:
@@ -153,27 +174,33 @@ class FusedModule(nn.Module):
         bn: nn.Module,
         act: nn.Module | None = None,
         residual: Tensor | None = None,
+        scale: Tensor | None = None,
+        overwrite: bool = False,
     ) -> Tensor:
-        """act(bn(conv(x)) + residual), fused where it may be. `name` is the unit's key in the cache."""
-        if not self._fused or isinstance(x, Proxy) or unfused_reason(conv, bn, act) is not None:
-            return self._unfused(x, conv, bn, act, residual)
+        """act(scale * bn(conv(x)) + residual), fused where it may be. `name` is the unit's key in the cache.
+
+        `overwrite`: nobody else reads the residual, so that inference may write the result over it.
+        """
+        if not self._fused or isinstance(x, Proxy) or unfused_reason(conv, bn, act, _norm(bn)) is not None:
+            return self._unfused(x, conv, bn, act, residual, scale)
         conv, bn = cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)
         activation = None if act is None else "relu"
         training = _uses_batch_statistics(bn)
         if residual is not None and self._adds_in_place:
             residual = residual.to(autocast_dtype(x) or residual.dtype)
-        inference = not training and not needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias, residual)
+        if training and isinstance(bn, SyncBatchNorm) and bn.merges():
+            return bn.bn_act(conv(x), *_affine(bn, scale), residual, activation)
+        inference = not training and not needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias, residual, scale)
         if inference and not is_traced(x):
-            y = self._infer(name, x, conv, bn, activation, residual)
+            y = self._infer(name, x, conv, bn, activation, residual, scale, overwrite)
             if y is not None:
                 return y
         if not dispatch.is_fused("conv_bn_act" if inference else "bn_act", x.device.type):
-            return self._unfused(x, conv, bn, act, residual)
+            return self._unfused(x, conv, bn, act, residual, scale)
         return ops.conv_bn_act(
             x,
             conv.weight,
-            bn.weight,
-            bn.bias,
+            *_affine(bn, scale),
             *_running(bn),
             residual,
             bias=conv.bias,
@@ -188,8 +215,17 @@ class FusedModule(nn.Module):
         )
 
     @staticmethod
-    def _unfused(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module | None, residual: Tensor | None) -> Tensor:
+    def _unfused(
+        x: Tensor,
+        conv: nn.Module,
+        bn: nn.Module,
+        act: nn.Module | None,
+        residual: Tensor | None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         y = bn(conv(x))
+        if scale is not None:
+            y = y * scale
         if residual is not None:
             y += residual
         return y if act is None else act(y)
@@ -202,6 +238,8 @@ class FusedModule(nn.Module):
         bn: nn.BatchNorm2d,
         activation: str | None,
         residual: Tensor | None,
+        scale: Tensor | None = None,
+        overwrite: bool = False,
     ) -> Tensor | None:
         """The unit with kept folded weights; None where the backend does not fold, or for the op to refuse."""
         weight = conv.weight
@@ -228,17 +266,19 @@ class FusedModule(nn.Module):
         cache = self._folded.get(name)
         if cache is None:
             cache = self._folded[name] = FoldCache()
-        tensors = (weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        tensors = (weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, scale)
         key = (x.dtype, channels_last, bn.eps, geometry)
         folded = cache.get(tensors, key)
         if folded is None:
             stamp = cache.stamp(tensors)
             names = ("bias", "gamma", "beta", "running_mean", "running_var")
-            check_channels("conv_bn_act", x, weight.shape[0], zip(names, tensors[1:], strict=True))
-            w, b = fold(*tensors, bn.eps, x.dtype)  # type: ignore[arg-type]
+            check_channels("conv_bn_act", x, weight.shape[0], zip(names, tensors[1:-1], strict=True))
+            running: Any = (bn.running_mean, bn.running_var)
+            w, b = fold(weight, conv.bias, *_affine(bn, scale), *running, bn.eps, x.dtype)
             folded = (choice.pack(w, tuple(x.shape), *geometry) if channels_last else w, b)
             cache.put(stamp, key, folded)
-        return choice.function(x, *folded, residual, *geometry, activation)
+        function = choice.onto_residual if overwrite and choice.onto_residual is not None else choice.function
+        return function(x, *folded, residual, *geometry, activation)
 
 
 def _as_leaf(module: nn.Module, x: Proxy, *args: Any) -> Proxy:
@@ -332,6 +372,57 @@ class BNAct(nn.BatchNorm2d):
         )
 
 
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """batch_norm(x) over the batches of all processes of a group; see `fused_resnet.convert_sync_batchnorm`.
+
+    It is an nn.SyncBatchNorm that also runs on the CPU, and in our blocks with the residual and the ReLU fused.
+    """
+
+    @classmethod
+    def of(cls, bn: nn.BatchNorm2d, process_group: Any = None) -> SyncBatchNorm:
+        """What takes the place of `bn`: the same parameters, buffers, hooks and mode."""
+        new = cls(0, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, process_group)
+        new.__dict__.update(bn.__dict__)
+        return new
+
+    def merges(self) -> bool:
+        """Whether there are other processes to take statistics with."""
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) to the same shape."""
+        if not isinstance(x, Proxy):
+            self._check_input_dim(x)
+            self._check_non_zero_input_channels(x)
+        if not isinstance(x, Proxy) and _uses_batch_statistics(self) and self.merges():
+            return self.bn_act(x, self.weight, self.bias)
+        # as nn.BatchNorm2d, of which torch's own class is none
+        batch = _uses_batch_statistics(self)
+        momentum = _batch_momentum(self)
+        return nn.functional.batch_norm(x, *_running(self), self.weight, self.bias, batch, momentum, self.eps)
+
+    def bn_act(
+        self,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """activation(batch_norm(x) + residual) with the statistics of all processes."""
+        return sync_bn_act(
+            x,
+            gamma,
+            beta,
+            *_running(self),
+            residual,
+            momentum=_batch_momentum(self),
+            eps=self.eps,
+            activation=activation,
+            process_group=self.process_group,
+        )
+
+
 class AddReLU(nn.Module):
     """relu(x + residual) for tensors of one shape and dtype."""
 
@@ -345,13 +436,14 @@ class AddReLU(nn.Module):
         return ops.add_relu(x, residual)
 
 
-def _unit(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Unit:
+def _unit(conv: nn.Conv2d, bn: nn.BatchNorm2d, scale: Tensor | None = None) -> Unit:
     running_mean, running_var = _running(bn)
+    gamma, beta = _affine(bn, scale)
     stride, padding, dilation = cast("Any", (conv.stride, conv.padding, conv.dilation))
     return Unit(
         weight=conv.weight,
-        gamma=bn.weight,
-        beta=bn.bias,
+        gamma=gamma,
+        beta=beta,
         running_mean=running_mean,
         running_var=running_var,
         stride=stride,
@@ -364,8 +456,34 @@ def _unit(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Unit:
     )
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of the module may show more than its forward: hooks, or a forward of its own."""
+    return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in _HOOKS)
+
+
+def run_blocks(stages: Iterable[nn.Module], x: Tensor, overwrite: bool) -> Tensor:
+    """The stages (nn.Sequential of blocks) in a row, in inference; a block may write over what only it can see.
+
+    `overwrite`: whether nobody else reads x.
+    """
+    for stage in stages:
+        if type(stage) is not nn.Sequential or is_watched(stage):
+            x, overwrite = stage(x), False
+            continue
+        for block in stage:
+            if isinstance(block, _Block) and type(block).forward is _Block.forward and not is_watched(block):
+                fused = not block.unfused()  # else a hook on a part may keep what it saw
+                x, overwrite = block._run(x, overwrite and fused), fused
+            else:
+                x, overwrite = block(x), False
+    return x
+
+
 class _Block(FusedModule):
-    """A residual block: units in a row, the last one adding the shortcut. Subclasses name them in `_UNITS`."""
+    """A residual block: units in a row, the last one adding the shortcut. Subclasses name them in `_UNITS`.
+
+    `residual_scale`, a parameter of one element or None (1), multiplies the last unit before the addition.
+    """
 
     expansion = 1
     _adds_in_place = True
@@ -373,6 +491,10 @@ class _Block(FusedModule):
     _UNITS: tuple[tuple[str, str], ...]
     downsample: nn.Module | None
     relu: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("residual_scale", None)
 
     def units(self) -> Units:
         found: Units = {conv: (getattr(self, conv), getattr(self, bn), self.relu) for conv, bn in self._UNITS}
@@ -383,16 +505,14 @@ class _Block(FusedModule):
 
     def unfused(self) -> dict[str, str]:
         found = super().unfused()
-        if self.downsample is not None and not self._projection():
+        if not (self.downsample is None or isinstance(self.downsample, FusedModule) or self._projection()):
             found.setdefault("downsample", "it is not a plain nn.Sequential(conv, bn) without hooks")
         return found
 
     def _projection(self) -> bool:
         """Whether the shortcut is a plain nn.Sequential(conv, bn) that nobody watches."""
         path = self.downsample
-        if type(path) is not nn.Sequential or len(path) != 2 or "forward" in path.__dict__:
-            return False
-        if not self._fused or any(path.__dict__[hooks] for hooks in _HOOKS):
+        if type(path) is not nn.Sequential or len(path) != 2 or is_watched(path) or not self._fused:
             return False
         return not _has_any_global_hook()
 
@@ -400,6 +520,10 @@ class _Block(FusedModule):
         """(N, C, H, W) to (N, planes * expansion, H', W'), channels_last where x is."""
         if self._fused and isinstance(x, Proxy):
             return _as_leaf(self, x)
+        return self._run(x)
+
+    def _run(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """`forward`; with `overwrite`, nobody else reads x, so that inference may write the output over it."""
         plan = self._plan(x)
         if plan is not None:
             return self._whole(x, plan)
@@ -407,12 +531,14 @@ class _Block(FusedModule):
             shortcut = x
         elif self._projection():
             shortcut = self._conv_bn_act("downsample", x, self.downsample[0], self.downsample[1])  # type: ignore[index]
+            overwrite = unfused_reason(*self.downsample, None) is None  # type: ignore[misc]
         else:
-            shortcut = self.downsample(x)
+            shortcut, overwrite = self.downsample(x), False
         *first, (last_conv, last_bn) = self._UNITS
         for conv, bn in first:
             x = self._conv_bn_act(conv, x, getattr(self, conv), getattr(self, bn), self.relu)
-        return self._conv_bn_act(last_conv, x, getattr(self, last_conv), getattr(self, last_bn), self.relu, shortcut)
+        last = (getattr(self, last_conv), getattr(self, last_bn), self.relu)
+        return self._conv_bn_act(last_conv, x, *last, shortcut, self.residual_scale, overwrite)
 
     def _plan(self, x: Tensor) -> Plan | None:
         """How the block runs as one op: where gradients are taken of channels_last tensors, and nothing is odd."""
@@ -422,20 +548,26 @@ class _Block(FusedModule):
             return None
         if self.unfused() or not dispatch.is_fused("bn_act", x.device.type):
             return None
+        if self.downsample is not None and not self._projection():
+            return None
         units = self.units()
         pairs = [(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)) for conv, bn, _ in units.values()]
         dtype = x.dtype if autocast_dtype(x) is None else pairs[0][0].weight.dtype
         for conv, bn in pairs:
             if conv.bias is not None or conv.weight.dtype != dtype or conv.weight.device != x.device:
                 return None
-            if not (_has_pairs(conv) and _fits(bn, conv.weight)):
+            if type(bn) is SyncBatchNorm or not (_has_pairs(conv) and _fits(bn, conv.weight)):
                 return None
         convs = {name: conv for name, (conv, _) in zip(units, pairs, strict=True)}
         projection = convs.pop("downsample", None)
         return plan_block(x, tuple(convs.values()), projection, self.memory)
 
     def _whole(self, x: Tensor, plan: Plan) -> Tensor:
-        units = {name: _unit(cast(nn.Conv2d, c), cast(nn.BatchNorm2d, b)) for name, (c, b, _) in self.units().items()}
+        scales = {self._UNITS[-1][0]: self.residual_scale}
+        units = {
+            name: _unit(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn), scales.get(name))
+            for name, (conv, bn, _) in self.units().items()
+        }
         projection = units.pop("downsample", None)
         return residual_block(x, tuple(units.values()), projection, plan)
 

@@ -94,6 +94,25 @@ def conv_bias_act_forward(
     return conv.binary(x, residual, *args, activation, [], None)
 
 
+def conv_bias_act_onto_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str | None,
+) -> Tensor:
+    """As `conv_bias_act_forward`, and may write over the residual: the pages of a large new tensor cost as much time as
+    the convolution."""
+    if x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
+        return conv_bias_act_forward(x, weight, bias, residual, stride, padding, dilation, groups, activation)
+    args = (weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], None)
+    return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *args)
+
+
 def conv_bn_act_forward(
     x: Tensor,
     weight: Tensor,

@@ -16,7 +16,8 @@ from torch.fx import Proxy
 
 from fused_resnet import dispatch
 from fused_resnet.models.weights import load_weights
-from fused_resnet.modules import BasicBlock, Bottleneck, FusedModule, Units, call_reason
+from fused_resnet.modules import BasicBlock, Bottleneck, FusedModule, Units, call_reason, is_watched, run_blocks
+from fused_resnet.ops.checks import is_traced
 from fused_resnet.plans import MEMORY
 
 
@@ -141,7 +142,12 @@ class ResNet(FusedModule):
             x = x.contiguous(memory_format=torch.channels_last)  # once, here: every block keeps the layout
         x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
         x = self.maxpool(x)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        if self._fused and not torch.is_grad_enabled() and not is_traced(x) and call_reason() is None:
+            x = run_blocks(stages, x, overwrite=type(self.maxpool) is nn.MaxPool2d and not is_watched(self.maxpool))
+        else:
+            for stage in stages:
+                x = stage(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
