@@ -90,12 +90,16 @@ A* vector_data(const OptionalTensor& t, int64_t c, ScalarType dtype, const char*
   else return write<A>(*t);
 }
 
-inline Tensor new_strided(const Tensor& like, int64_t dim, const int64_t* size, const int64_t* stride, bool acc) {
-  int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+inline int32_t dtype_code(const Tensor& x) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+inline Tensor new_strided(const Tensor& like, int64_t dim, const int64_t* size, const int64_t* stride, int32_t dtype) {
+  int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  if (acc && dtype != aoti_torch_dtype_float64()) dtype = aoti_torch_dtype_float32();
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, size, stride, dtype, device_type, device_index, &handle));
@@ -104,13 +108,14 @@ inline Tensor new_strided(const Tensor& like, int64_t dim, const int64_t* size, 
 
 // Sizes, strides and dtype of x.
 inline Tensor new_like(const Tensor& x) {
-  return new_strided(x, x.dim(), x.sizes().data(), x.strides().data(), false);
+  return new_strided(x, x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x));
 }
 
 // One value per channel, in the accumulate type.
 inline Tensor new_vector(const Tensor& x, int64_t c) {
   const int64_t stride = 1;
-  return new_strided(x, 1, &c, &stride, true);
+  const int32_t wide = aoti_torch_dtype_float64();
+  return new_strided(x, 1, &c, &stride, dtype_code(x) == wide ? wide : aoti_torch_dtype_float32());
 }
 
 inline Tensor new_zero_vector(const Tensor& x, int64_t c) {
@@ -122,7 +127,7 @@ inline Tensor new_zero_vector(const Tensor& x, int64_t c) {
 // Size 0, dtype of x: "no such gradient".
 inline Tensor no_tensor(const Tensor& x) {
   const int64_t size = 0, stride = 1;
-  return new_strided(x, 1, &size, &stride, false);
+  return new_strided(x, 1, &size, &stride, dtype_code(x));
 }
 
 // f(T{}) with the storage type of dtype.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FLOATS, grid, needs_cpp
+from conftest import FLOATS, backends, grid, needs_cpp, threads
 from tolerances import LAYOUTS, arrange, assert_in_budget, columns, doubled, exact_bn_act, memory_format, per_channel
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -17,11 +17,7 @@ from fused_resnet import dispatch
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-BACKENDS = [
-    pytest.param(name, marks=needs_cpp if name == "cpp" else (), id=name)
-    for name in ("reference", "cpp")
-    if hasattr(dispatch.load(name), "bn_act_pool_train_forward")
-]
+BACKENDS = backends("reference", "cpp")
 SHAPES = {
     (2, 3, 8, 6): "even: the last window has three columns, the first two",
     (2, 3, 7, 9): "odd: the last window is cut as well",
@@ -30,6 +26,7 @@ SHAPES = {
     (1, 64, 14, 14): "ResNet's 64 channels",
     (2, 1, 6, 5): "one channel: NCHW and channels_last at once",
     (1, 13, 37, 35): "channels not divisible by anything",
+    (2, 20, 66, 71): "several parts of an image, several threads",
 }
 
 
@@ -167,6 +164,65 @@ def test_equal_values_and_nan(backend: str, layout: str) -> None:
         results.append((y.detach(), leaf.grad))
     for ours, torchs in zip(*results, strict=True):
         torch.testing.assert_close(ours, torchs, equal_nan=True)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 20, 13, 18), (1, 3, 1, 1), (3, 8, 2, 35)])
+def test_offsets_are_the_references(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    """Equal values, NaN, infinities, whole windows of -inf: the gradient goes where torch sends it."""
+    values = torch.tensor([0.0, 1.0, 2.0, -1.0, torch.nan, torch.inf, -torch.inf], dtype=dtype)
+    drawn = torch.multinomial(torch.tensor([5.0, 5.0, 3.0, 5.0, 0.5, 0.3, 3.0]), torch.Size(shape).numel(), True)
+    x = values[drawn].view(shape)
+    x[0, 0, :4, :4] = -torch.inf
+    x = arrange(x, layout)
+    given = (x, None, None, torch.zeros(shape[1]), torch.ones(shape[1]), 0.0)
+    modules = (dispatch.load("cpp"), dispatch.load("reference"))
+    for activation in (None, "relu"):
+        ours, plain = (
+            dispatch.load(n).bn_act_pool_eval_forward(*given, activation, True) for n in ("cpp", "reference")
+        )
+        assert torch.equal(ours[1], plain[1])
+        assert ours[1].dtype == torch.uint8
+        assert torch.equal(ours[0].nan_to_num(7), plain[0].nan_to_num(7))
+        assert torch.equal(
+            modules[0].bn_act_pool_eval_forward(*given, activation, False)[0].nan_to_num(7), ours[0].nan_to_num(7)
+        )
+        grad = torch.empty_like(ours[0]).copy_(torch.randint(-3, 4, ours[0].shape))
+        finite = (grad, ours[1], x.nan_to_num(0, 1, -1), *given[1:], activation, False)
+        assert torch.equal(*(m.bn_act_pool_backward(*finite)[0] for m in modules))
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_results_do_not_depend_on_the_number_of_threads(layout: str) -> None:
+    data = problem((3, 20, 66, 71), torch.float32)
+    results = []
+    for count in (1, 2, 3):
+        x = arrange(data["x"], layout).requires_grad_()
+        params = [data[n].clone().requires_grad_() for n in ("gamma", "beta")]
+        stats = [t.clone() for t in data["stats"]]
+        with threads(count), fr.use_backend("cpp"):
+            out = fr.ops.bn_act_pool(x, *params, *stats, training=True)
+            out.backward(data["grad"])
+        results.append([out.detach(), *stats, x.grad, *(p.grad for p in params)])
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@needs_cpp
+def test_the_kernel_refuses_windows_of_another_layout() -> None:
+    backend, vector = dispatch.load("cpp"), torch.ones(3)
+    x, grad = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4)
+    offsets, options = torch.zeros(grad.shape, dtype=torch.uint8), (vector, vector, vector, vector, 1e-5, "relu", True)
+    backend.bn_act_pool_backward(grad, offsets, x, *options)
+    with pytest.raises(RuntimeError, match="grad must have the layout of x"):
+        backend.bn_act_pool_backward(arrange(grad, "channels_last"), offsets, x, *options)
+    with pytest.raises(RuntimeError, match="offsets must be uint8"):
+        backend.bn_act_pool_backward(grad, offsets.long(), x, *options)
+    with pytest.raises(RuntimeError, match="one value per window"):
+        backend.bn_act_pool_backward(grad[..., :3], offsets, x, *options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -19,11 +19,17 @@ constexpr int64_t kGrain = 32768;  // elements that are worth a thread (as in at
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// f(i) for every i in [0, n), an item being about `work` elements. The same n and work give a thread the same items; with
-// reverse, it meets them in the opposite order, so that a second pass starts with what is still in its cache.
+// f(begin, end) for parts of [0, n), an item being about `work` elements. The same n and work give a thread the same part.
+template <typename F>
+void parallel_ranges(int64_t n, int64_t work, const F& f) {
+  torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), f);
+}
+
+// f(i) for every i in [0, n). With reverse a thread meets its items in the opposite order, so that a second pass starts with
+// what is still in its cache.
 template <typename F>
 void parallel_items(int64_t n, int64_t work, bool reverse, const F& f) {
-  torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), [&](int64_t begin, int64_t end) {
+  parallel_ranges(n, work, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(reverse ? begin + end - 1 - i : i);
   });
 }

@@ -24,6 +24,12 @@ _SCHEMAS = (
     "bn_act_backward(Tensor grad, Tensor x, Tensor? out, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
     " float eps, bool relu, bool training, bool has_residual)"
     " -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_residual)",
+    "bn_act_pool_train_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " float momentum, float eps, bool relu, bool with_offsets) -> (Tensor out, Tensor offsets, Tensor mean, Tensor var)",
+    "bn_act_pool_eval_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps, bool relu,"
+    " bool with_offsets) -> (Tensor out, Tensor offsets)",
+    "bn_act_pool_backward(Tensor grad, Tensor offsets, Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
+    " float eps, bool relu, bool training) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)",
 )
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NOTES = {
@@ -101,18 +107,38 @@ def bn_act_train_forward(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    op = _ops.bn_act_train_forward.default
+    options = (eps, activation == "relu")
+    return _train_forward(op, x, gamma, beta, running_mean, running_var, (residual,), momentum, options)
+
+
+def _train_forward(
+    op: Any,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    given: tuple[Tensor | None, ...],
+    momentum: float | Tensor,
+    options: tuple[Any, ...],
+) -> Any:
+    """op(x, gamma, beta, running_mean, running_var, *given, momentum, *options), whose last results are mean and var.
+
+    Updates the running statistics: in the kernel where their type and strides allow it.
+    """
     momentum = float(momentum)  # a tensor here lives on the CPU: nothing to wait for
-    args = (residual, momentum, eps, activation == "relu")
+    args = (*given, momentum, *options)
     if _updatable(running_mean, x) and _updatable(running_var, x):
-        result = _ops.bn_act_train_forward.default(x, _wide(gamma, x), _wide(beta, x), running_mean, running_var, *args)
+        result = op(x, _wide(gamma, x), _wide(beta, x), running_mean, running_var, *args)
         for running in (running_mean, running_var):
             if running is not None and not running.is_inference():
                 torch.autograd.graph.increment_version(running)
         return result
-    out, mean, var = _ops.bn_act_train_forward.default(x, _wide(gamma, x), _wide(beta, x), None, None, *args)
+    result = op(x, _wide(gamma, x), _wide(beta, x), None, None, *args)
     if x.numel():
-        update_running_stats(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1])
-    return out, mean, var
+        update_running_stats(running_mean, running_var, *result[-2:], momentum, x.numel() // x.shape[1])
+    return result
 
 
 def bn_act_eval_forward(
@@ -152,6 +178,55 @@ def bn_act_backward(
     if not has_residual:
         return grad_x, grad_gamma, grad_beta, None
     return grad_x, grad_gamma, grad_beta, grad_residual if relu else grad
+
+
+def bn_act_pool_train_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str | None,
+    with_offsets: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    op = _ops.bn_act_pool_train_forward.default
+    options = (eps, activation == "relu", with_offsets)
+    result = _train_forward(op, x, gamma, beta, running_mean, running_var, (), momentum, options)
+    out, offsets, mean, var = result
+    return out, offsets if with_offsets else None, mean, var
+
+
+def bn_act_pool_eval_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str | None,
+    with_offsets: bool,
+) -> tuple[Tensor, Tensor | None]:
+    vectors = (_wide(gamma, x), _wide(beta, x), _wide(mean, x), _wide(var, x))
+    out, offsets = _ops.bn_act_pool_eval_forward.default(x, *vectors, eps, activation == "relu", with_offsets)
+    return out, offsets if with_offsets else None
+
+
+def bn_act_pool_backward(
+    grad: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    vectors = (_wide(gamma, x), _wide(beta, x), _wide(mean, x), _wide(var, x))
+    return _ops.bn_act_pool_backward.default(grad, offsets, x, *vectors, eps, activation == "relu", training)
 
 
 def _like(residual: Tensor, y: Tensor) -> Tensor:
