@@ -87,7 +87,7 @@ def _affine(bn: nn.BatchNorm2d, scale: Tensor | None) -> tuple[Tensor | None, Te
     return gamma, None if bn.bias is None else bn.bias * scale
 
 
-def _batch_momentum(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> float | Tensor:
+def _batch_momentum(bn: nn.BatchNorm2d) -> float | Tensor:
     """Count the batch as nn.BatchNorm2d does; the weight of its statistics, on the device where it is an average."""
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
@@ -97,11 +97,11 @@ def _batch_momentum(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> float | Tensor:
     return 0.0 if bn.momentum is None else bn.momentum
 
 
-def _uses_batch_statistics(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> bool:
+def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def _running(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> tuple[Tensor | None, Tensor | None]:
+def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics as nn.BatchNorm2d hands them on: not where it trains without tracking."""
     return (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
 
@@ -273,8 +273,9 @@ class FusedModule(nn.Module):
             stamp = cache.stamp(tensors)
             names = ("bias", "gamma", "beta", "running_mean", "running_var")
             check_channels("conv_bn_act", x, weight.shape[0], zip(names, tensors[1:-1], strict=True))
-            running: Any = (bn.running_mean, bn.running_var)
-            w, b = fold(weight, conv.bias, *_affine(bn, scale), *running, bn.eps, x.dtype)
+            gamma, beta = _affine(bn, scale)
+            mean, var = cast("tuple[Tensor, Tensor]", (bn.running_mean, bn.running_var))
+            w, b = fold(weight, conv.bias, gamma, beta, mean, var, bn.eps, x.dtype)
             folded = (choice.pack(w, tuple(x.shape), *geometry) if channels_last else w, b)
             cache.put(stamp, key, folded)
         function = choice.onto_residual if overwrite and choice.onto_residual is not None else choice.function
@@ -372,17 +373,21 @@ class BNAct(nn.BatchNorm2d):
         )
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(nn.BatchNorm2d):
     """batch_norm(x) over the batches of all processes of a group; see `fused_resnet.convert_sync_batchnorm`.
 
-    It is an nn.SyncBatchNorm that also runs on the CPU, and in our blocks with the residual and the ReLU fused.
+    As torch.nn.SyncBatchNorm, on any device, and in our blocks with the residual and the ReLU fused. (No subclass of
+    it: DistributedDataParallel refuses those on the CPU.)
     """
+
+    process_group: Any = None
 
     @classmethod
     def of(cls, bn: nn.BatchNorm2d, process_group: Any = None) -> SyncBatchNorm:
         """What takes the place of `bn`: the same parameters, buffers, hooks and mode."""
-        new = cls(0, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, process_group)
+        new = cls(0)
         new.__dict__.update(bn.__dict__)
+        new.process_group = process_group
         return new
 
     def merges(self) -> bool:
@@ -390,16 +395,11 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) to the same shape."""
-        if not isinstance(x, Proxy):
-            self._check_input_dim(x)
-            self._check_non_zero_input_channels(x)
+        """(N, C, H, W) to the same shape."""
         if not isinstance(x, Proxy) and _uses_batch_statistics(self) and self.merges():
+            self._check_input_dim(x)
             return self.bn_act(x, self.weight, self.bias)
-        # as nn.BatchNorm2d, of which torch's own class is none
-        batch = _uses_batch_statistics(self)
-        momentum = _batch_momentum(self)
-        return nn.functional.batch_norm(x, *_running(self), self.weight, self.bias, batch, momentum, self.eps)
+        return super().forward(x)
 
     def bn_act(
         self,
@@ -491,6 +491,7 @@ class _Block(FusedModule):
     _UNITS: tuple[tuple[str, str], ...]
     downsample: nn.Module | None
     relu: nn.Module
+    residual_scale: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -556,7 +557,7 @@ class _Block(FusedModule):
         for conv, bn in pairs:
             if conv.bias is not None or conv.weight.dtype != dtype or conv.weight.device != x.device:
                 return None
-            if type(bn) is SyncBatchNorm or not (_has_pairs(conv) and _fits(bn, conv.weight)):
+            if isinstance(bn, SyncBatchNorm) or not (_has_pairs(conv) and _fits(bn, conv.weight)):
                 return None
         convs = {name: conv for name, (conv, _) in zip(units, pairs, strict=True)}
         projection = convs.pop("downsample", None)

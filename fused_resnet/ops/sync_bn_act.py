@@ -1,0 +1,178 @@
+"""act(batch_norm(x) + residual) with the statistics of all processes: nn.SyncBatchNorm with residual and ReLU fused.
+
+Formulas as `bn_act`, their sums taken over all processes: one collective forward, one backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_resnet import dispatch
+from fused_resnet.folding import accumulate_dtype, update_running_stats
+from fused_resnet.ops.add_relu import add_relu
+from fused_resnet.ops.checks import (
+    as_layout,
+    check_activation,
+    check_channels,
+    check_input,
+    check_momentum,
+    check_shape,
+    dense,
+    is_autocast,
+)
+
+
+def sync_bn_act(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "relu",
+    process_group: Any = None,
+) -> Tensor:
+    """activation(batch_norm(x) + residual), normalised over the batches of all processes of a group.
+
+    Every process of the group must make the call, forward and backward; batches may differ in size, an empty one is
+    allowed. As in torch.nn.SyncBatchNorm the gradients of gamma and beta are those of this process's part: data
+    parallelism sums or averages them. Under torch.compile the call stays outside the graph.
+
+    Args:
+        x: (N, C, ...), at least 2-d; float16, bfloat16, float32 or float64; NCHW or channels_last, any strides.
+        gamma, beta, running_mean, running_var, residual, momentum, eps, activation: as `bn_act` in training.
+        process_group: of torch.distributed; None is the default group.
+
+    Returns:
+        A tensor of x's shape and dtype, channels_last where x is.
+
+    Raises:
+        ValueError, TypeError: as `bn_act`. RuntimeError: torch.distributed is not initialised, or a process is gone.
+    """
+    check_activation("sync_bn_act", activation)
+    check_input("sync_bn_act", "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"sync_bn_act: x must be (N, C, ...), at least 2-d, got shape {tuple(x.shape)}")
+    vectors = (("gamma", gamma), ("beta", beta), ("running_mean", running_mean), ("running_var", running_var))
+    check_channels("sync_bn_act", x, x.shape[1], vectors)
+    check_momentum("sync_bn_act", momentum, x)
+    if eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("sync_bn_act: torch.distributed is not initialised: call init_process_group, or use bn_act")
+    running = (running_mean, running_var)
+    options = (momentum, eps, activation, process_group, dispatch.requested())
+    if residual is not None:
+        if isinstance(residual, Tensor) and residual.dtype != x.dtype and is_autocast(x):  # eager's promotion
+            y = _synchronised(x, gamma, beta, None, *running, momentum, eps, None, *options[3:])
+            return add_relu(y, residual) if activation == "relu" else y + residual
+        check_input("sync_bn_act", "residual", residual, like=x)
+        check_shape("sync_bn_act", "residual", residual, x.shape)
+    return _synchronised(x, gamma, beta, residual, *running, *options)
+
+
+def _synchronised(*args: Any) -> Tensor:
+    return SyncBNActFunction.apply(*args)
+
+
+# What torch.compiler.disable sets; calling that would import all of torch._dynamo.
+setattr(_synchronised, "_torchdynamo_disable", True)  # noqa: B010
+
+
+def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the channels of x, not empty, in the accumulation type."""
+    if not x.is_cuda:  # where torch's function keeps them in x's own type
+        x = x.to(accumulate_dtype(x.dtype))
+    return torch.batch_norm_update_stats(x, None, None, 0.0)
+
+
+def _merged_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, biased variance, count) over all processes: Chan et al. 1979, in float64 and in the order of the ranks."""
+    channels = x.shape[1]
+    packed = x.new_zeros(2 * channels + 1, dtype=torch.float64)
+    if x.numel():
+        mean, var = _local_statistics(x)
+        packed[-1] = count = x.numel() // channels
+        packed[:channels], packed[channels:-1] = mean, var.double() * count
+    gathered = packed.new_empty(dist.get_world_size(group), packed.numel())
+    dist.all_gather(list(gathered.unbind()), packed, group=group)
+    means, m2, counts = gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    m2 = (m2 + counts * (means - mean).square()).sum(0)
+    return mean, m2 / total, total
+
+
+class SyncBNActFunction(torch.autograd.Function):
+    """Saves what `BNActFunction` saves, and the number of values per channel over all processes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        eps: float,
+        activation: str | None,
+        group: Any,
+        backend: str,
+    ) -> Tensor:
+        x = dense(x)
+        if residual is not None:
+            residual = as_layout(residual, x)
+        mean, var, count = _merged_statistics(x, group)
+        acc = accumulate_dtype(x.dtype)
+        unbiased = (var * (count / (count - 1).clamp(min=1))).to(acc)
+        mean, var = mean.to(acc), var.to(acc)
+        update_running_stats(running_mean, running_var, mean, unbiased, momentum, 1)  # count 1: the variance as it is
+        if x.numel():
+            args = (gamma, beta, mean, var, residual, eps, activation)
+            out = dispatch.call("bn_act_eval_forward", x, *args, backend=backend)
+        else:
+            out = torch.empty_like(x)
+        keep = out if activation == "relu" and residual is not None else None
+        ctx.save_for_backward(x, keep, gamma, beta, mean, var, count)
+        ctx.options = (eps, activation, residual is not None, group, backend)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With the sums S1 and S2 of all processes, dx = s g - s S1/M - s xhat S2/M: the first term and this process's
+        sums are the backward pass for given statistics, the rest is one more affine pass over x."""
+        x, out, gamma, beta, mean, var, count = ctx.saved_tensors
+        eps, activation, has_residual, group, backend = ctx.options
+        grad = as_layout(grad, x)
+        sums = x.new_zeros(2, x.shape[1], dtype=torch.float64)
+        grad_residual = grad if has_residual else None
+        if x.numel():
+            args = (x, out, gamma, beta, mean, var, eps, activation, False, has_residual)
+            grad_x, s2, s1, grad_residual = dispatch.call("bn_act_backward", grad, *args, backend=backend)
+            sums[0], sums[1] = s1, s2
+        own = sums.to(mean.dtype, copy=True)
+        dist.all_reduce(sums, group=group)
+        if x.numel():
+            scale = torch.rsqrt(var + eps) if gamma is None else torch.rsqrt(var + eps) * gamma
+            shift, slope = (-scale * sums / count).to(mean.dtype)
+            rest = (slope, shift, mean, var, grad_x, eps, None)
+            grad_x = dispatch.call("bn_act_eval_forward", x, *rest, backend=backend)
+        else:
+            grad_x = torch.empty_like(x)
+        return (
+            grad_x,
+            None if gamma is None else own[1].to(gamma.dtype),
+            None if beta is None else own[0].to(beta.dtype),
+            grad_residual,
+            *(None,) * 7,
+        )
