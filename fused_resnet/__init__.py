@@ -19,6 +19,7 @@ from fused_resnet.models.resnet import (
 )
 from fused_resnet.modules import AddReLU, BasicBlock, BNAct, Bottleneck, ConvBNAct
 from fused_resnet.parity import ParityError, verify
+from fused_resnet.sync_batchnorm import convert_sync_batchnorm
 
 __all__ = [
     "AddReLU",
@@ -31,6 +32,7 @@ __all__ = [
     "ResNet",
     "__version__",
     "backend_table",
+    "convert_sync_batchnorm",
     "ops",
     "refresh",
     "resnet18",
