@@ -19,7 +19,7 @@ ifeq ($(FUSED_RESNET_NO_EXT),)
 export FUSED_RESNET_REQUIRE_EXT ?= $(if $(shell command -v c++),1,0)
 endif
 
-.PHONY: help bench test lint wheel test-install test-abi clean FORCE
+.PHONY: help bench bench-all test lint wheel test-install test-abi clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -27,6 +27,9 @@ help: ## this list
 
 bench: $(STAMPS)/bench $(STAMPS)/extension ## parity, then speed: make bench BENCH_ARGS="--model resnet50"
 	$(BIN)/fused-resnet bench $(BENCH_ARGS)
+
+bench-all: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## all of benchmarks/RESULTS.md, in about 20 minutes; it resumes
+	$(BIN)/fused-resnet bench-all $(BENCH_ARGS)
 
 test: lint $(STAMPS)/extension $(STAMPS)/peers ## lint, then the tests: make test PYTEST_ARGS="-k add_relu"
 	@test "$(FUSED_RESNET_REQUIRE_EXT)" != 1 || $(BIN)/python -c "import torch, fused_resnet._C"
@@ -77,6 +80,12 @@ $(STAMPS)/extension: setup.py $(CSRC) $(STAMPS)/python $(if $(wildcard fused_res
 $(STAMPS)/bench $(STAMPS)/test: $(STAMPS)/%: pyproject.toml setup.py constraints.txt $(STAMPS)/python | $(STAMPS)/extension
 	@echo "$(VENV): fused_resnet[$*], editable"
 	@$(INSTALL) $(CONSTRAINTS) --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+# Other engines to measure ours against.
+$(STAMPS)/rivals: $(STAMPS)/bench
+	@echo "$(VENV): ONNX Runtime and OpenVINO"
+	@$(INSTALL) $(CONSTRAINTS) --no-build-isolation --editable ".[peers]" || echo "some rivals cannot be installed here"
 	@touch $@
 
 # For tests, what goes with this torch but may not choose another: torchvision (0.28 with 2.13), and triton where it has none.

@@ -18,7 +18,7 @@ class Outputs(NamedTuple):
     plot: Path | None
 
 
-def _writable(option: str, path: Path) -> Path:
+def writable(option: str, path: Path) -> Path:
     """The path with links followed.
 
     Raises:
@@ -38,6 +38,12 @@ def _writable(option: str, path: Path) -> Path:
     return path
 
 
+def need_matplotlib(what: str) -> None:
+    """Raises `RequestError` where it is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError(f"{what} needs matplotlib, which is not installed: pip install 'fused_resnet[bench]'")
+
+
 def check(json: Path | None, plot: Path | None) -> Outputs:
     """Both paths, known to be writable.
 
@@ -47,9 +53,8 @@ def check(json: Path | None, plot: Path | None) -> Outputs:
     if plot is not None:
         if plot.suffix.lower() not in PICTURES:
             raise RequestError(f"--plot {plot} must end in one of {', '.join(PICTURES)}")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise RequestError("--plot needs matplotlib, which is not installed: pip install 'fused_resnet[bench]'")
-    checked = Outputs(json and _writable("--json", json), plot and _writable("--plot", plot))
+        need_matplotlib("--plot")
+    checked = Outputs(json and writable("--json", json), plot and writable("--plot", plot))
     if checked.json is not None and checked.json == checked.plot:
         raise RequestError(f"--json and --plot name the same file, {checked.json}")
     return checked

@@ -1,10 +1,14 @@
-"""Who is measured: one small entry each. To add a rival, write a function `job -> Entry` under `@rival(...)`."""
+"""Who is measured: one small entry each. To add a rival, write a function `job -> Entry` under `@rival(...)`, here or
+in a file peer_<name>.py of its own."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +21,16 @@ from .plain_resnet import plain_resnet
 
 WHAT = {"infer": "inference", "train": "training"}
 
+# A rival that is farther from torch's result than that (relative) does another job, and its time says nothing.
+WRONG = {torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.05}
+
 
 @dataclass(frozen=True)
 class Job:
-    """What everybody does: `mode` ("infer" or "train") on NCHW images `x`, labels `target`, from the same `state`."""
+    """What everybody does: `mode` ("infer" or "train") on NCHW images `x`, labels `target`, from the same `state`.
+
+    16-bit dtypes are autocast's, unless `cast`: then parameters and images are of that dtype.
+    """
 
     model: str
     mode: str
@@ -28,11 +38,23 @@ class Job:
     state: dict[str, Tensor]
     x: Tensor
     target: Tensor
+    cast: bool = False
 
     def load(self, net: nn.Module) -> nn.Module:
-        """The net with this job's parameters, in its mode and on its device."""
+        """The net with this job's parameters, in its mode, on its device and, with `cast`, in its dtype."""
         net.load_state_dict(self.state)
-        return net.train(self.mode == "train").to(self.x.device)
+        return net.train(self.mode == "train").to(self.x.device, self.dtype if self.cast else None)
+
+    def only(self, mode: str = "", device: str = "") -> None:
+        """Say that a rival serves this mode or kind of device alone.
+
+        Raises:
+            NotImplementedError: the job is another.
+        """
+        if device and device != self.x.device.type:
+            raise NotImplementedError(f"it runs on {'a GPU' if device == 'cuda' else 'a CPU'} only")
+        if mode and mode != self.mode:
+            raise NotImplementedError(f"it does {WHAT[mode]} only")
 
     def plain(self) -> nn.Module:
         return self.load(plain_resnet(self.model))
@@ -41,7 +63,7 @@ class Job:
         return self.load(getattr(fused_resnet, self.model)())
 
     def autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
+        if self.dtype == torch.float32 or self.cast:
             return nullcontext()
         return torch.autocast(self.x.device.type, self.dtype)
 
@@ -63,6 +85,7 @@ class Entry:
     def step(self, job: Job) -> Callable[[], Tensor]:
         """One run to be timed: a forward pass that gives logits, or a training step that gives the loss."""
         x, target, net = self.images(job.x), job.target, self.net
+        x = x.to(job.dtype) if job.cast else x
         if job.mode == "infer":
 
             def infer() -> Tensor:
@@ -142,6 +165,13 @@ def fused(job: Job) -> Entry:
 def as_is(job: Job) -> Entry:
     net = job.fused()
     return Entry(net, False, net)
+
+
+def discover() -> None:
+    """Registers the rivals of every peer_<name>.py."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name.startswith("peer_"):
+            importlib.import_module(f".{module.name}", __package__)
 
 
 def title(name: str, model: str) -> str:

@@ -16,9 +16,6 @@ from fused_resnet.parity import relative_error
 from . import harness, rivals
 from .rivals import Job, Rival, title
 
-# A rival that is farther from torch's result than that does another job, and its time says nothing.
-WRONG = {torch.float32: 1e-2, torch.bfloat16: 0.2}
-
 
 @contextlib.contextmanager
 def recorded_backends() -> Iterator[dict[str, set[str]]]:
@@ -82,7 +79,7 @@ def time_all(job: Job, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
 
     def check(name: str, result: torch.Tensor) -> None:
         error = 0.0 if expected is None else relative_error(result, expected)
-        if not error < WRONG[job.dtype]:
+        if not error < rivals.WRONG[job.dtype]:
             raise rivals.WrongResultError(f"its result differs from torch's by {error:.1e} (relative)")
 
     with tqdm(total=0, desc=f"timing, {rivals.WHAT[job.mode]}", unit="round", leave=False) as bar:

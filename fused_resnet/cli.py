@@ -1,4 +1,4 @@
-"""The command `fused-resnet`: info, verify, bench.
+"""The command `fused-resnet`: info, verify, bench, bench-ops, bench-models, bench-all.
 
 Exit codes: 0 good; 1 a check failed; 2 wrong arguments or a request that cannot be met, with one sentence on standard
 error; 130 interrupted (what was measured until then is kept).
@@ -205,6 +205,19 @@ def bench(args: argparse.Namespace) -> int:
     return load_benchmarks("bench_resnet").bench(request)
 
 
+def bench_ops(args: argparse.Namespace) -> int:
+    module = load_benchmarks("bench_ops")
+    return module.run(module.Request(**{name: value for name, value in vars(args).items() if name != "run"}))
+
+
+def bench_models(args: argparse.Namespace) -> int:
+    return load_benchmarks("bench_models").main(args)
+
+
+def bench_all(args: argparse.Namespace) -> int:
+    return load_benchmarks("bench_all").run(**{name: value for name, value in vars(args).items() if name != "run"})
+
+
 # arguments
 
 
@@ -244,6 +257,23 @@ def _peers(text: str) -> tuple[str, ...]:
         if name not in known:
             raise argparse.ArgumentTypeError(f"unknown peer {name!r}; expected some of {', '.join(known)}")
     return names
+
+
+def _names(*known: str) -> Any:
+    """A list with commas, of `known` names where those are given."""
+
+    def names(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+        for name in found:
+            if known and name not in known:
+                raise argparse.ArgumentTypeError(f"unknown name {name!r}; expected some of {', '.join(known)}")
+        return found
+
+    return names
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    return tuple(_at_least(1)(batch) for batch in text.split(","))
 
 
 def _at_least(least: int) -> Any:
@@ -295,6 +325,52 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write everything measured")
     add("--plot", type=Path, metavar="FILE", help="write one picture (.png, .svg, .pdf)")
     command.set_defaults(run=bench)
+
+    measured = _Parser(add_help=False)
+    add = measured.add_argument
+    add("--device", type=_device, default=torch.device("cpu"), metavar="D", help="cpu, cuda or cuda:N (cpu)")
+    add("--fresh", action="store_true", help="measure again what the results file has already")
+    precisions, directions = ("fp32", "tf32", "bf16", "fp16"), ("infer", "forward", "backward")
+
+    command = commands.add_parser(
+        "bench-ops", parents=[measured], help="the kernels alone, beside the machine's ceilings"
+    )
+    add = command.add_argument
+    shapes = ("resnet18", "resnet50", "resnet152")
+    add("--ops", type=_names(), default=(), metavar="LIST", help="bn_act, add_relu, ... (all)")
+    add("--model", choices=shapes, metavar="M", help=f"the layer shapes of one of {', '.join(shapes)} (all)")
+    add("--directions", type=_names(*directions), default=directions, metavar="LIST", help="(infer,forward,backward)")
+    add("--dtype", choices=precisions, default="fp32", help="(fp32)")
+    add("--batch", type=_at_least(1), metavar="N", help="images in a batch (4 on a CPU, 64 on a GPU)")
+    add("--rivals", type=_names(), metavar="LIST", help="beside ours: eager, compile, fused calls (all)")
+    add("--backend", choices=("auto", *dispatch.BACKENDS), default="auto", help="which of our backends (auto)")
+    add("--rounds", type=_at_least(3), default=7, metavar="N", help="timed rounds of each (7)")
+    add("--out", type=Path, metavar="FILE", help=".csv or .json (benchmarks/results/DEVICE/ops.csv)")
+    command.set_defaults(run=bench_ops)
+
+    command = commands.add_parser(
+        "bench-models", parents=[measured], help="whole networks, each rival in its own process"
+    )
+    add = command.add_argument
+    add("--model", choices=MODELS, default="resnet50", metavar="M", help=f"one of {', '.join(MODELS)} (resnet50)")
+    add("--mode", type=_modes, default=("infer", "train"), metavar="M", help="infer, train or infer,train (both)")
+    add("--dtypes", type=_names(*precisions), default=("fp32",), metavar="LIST", help=f"{', '.join(precisions)} (fp32)")
+    add("--batches", type=_batches, default=(), metavar="LIST", help="images in a batch (1 and 4; on a GPU 1 and 256)")
+    add("--size", type=_at_least(32), default=224, metavar="N", help="height and width of the images (224)")
+    add("--rivals", type=_names(), default=(), metavar="LIST", help="(all); 'NAME + CUDA graph' replays NAME's step")
+    add("--rival-files", nargs="+", default=[], metavar="FILE", help="Python files with rivals of your own")
+    add("--rounds", type=_at_least(3), default=10, metavar="N", help="timed rounds of each (10)")
+    add("--limit", type=_at_least(1), default=300, dest="limit_s", metavar="S", help="seconds a rival may take (300)")
+    add("--out", type=Path, metavar="FILE", help=".csv or .json (benchmarks/results/DEVICE/models.csv)")
+    command.set_defaults(run=bench_models)
+
+    command = commands.add_parser("bench-all", parents=[measured], help="all that RESULTS.md is made of; it resumes")
+    add = command.add_argument
+    parts = ("ops", "models", "layers", "report")
+    add("--parts", type=_names(*parts), default=parts, metavar="LIST", help=f"({','.join(parts)})")
+    add("--limit", type=_at_least(1), default=300, dest="limit_s", metavar="S", help="seconds a rival may take (300)")
+    add("--out", type=Path, metavar="FOLDER", help="(benchmarks/results/DEVICE)")
+    command.set_defaults(run=bench_all)
     return top
 
 
