@@ -6,9 +6,11 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.make
+TRT := $(VENV)/tensorrt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 TORCH := from importlib.metadata import version; torch = tuple(map(int, version("torch").split(".")[:2]))
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 HAS_TORCH := $(TORCH); raise SystemExit(torch < (2, 11))
 # An environment over a Python that has its own torch keeps that torch and what goes with it; else everything is pinned.
 CONSTRAINTS = $(shell grep -qsi 'site-packages = true' $(VENV)/pyvenv.cfg || echo -c constraints.txt)
@@ -19,7 +21,7 @@ ifeq ($(FUSED_RESNET_NO_EXT),)
 export FUSED_RESNET_REQUIRE_EXT ?= $(if $(shell command -v c++),1,0)
 endif
 
-.PHONY: help bench bench-all test lint wheel test-install test-abi clean FORCE
+.PHONY: help bench bench-all test lint wheel test-install test-abi test-export test-tensorrt clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -50,6 +52,12 @@ test-install: $(STAMPS)/test ## installs in fresh environments, each another way
 
 test-abi: $(STAMPS)/test wheel ## the wheel under other versions of torch, no compiler at hand
 	$(BIN)/python -m pytest --noconftest -o addopts= -v -s tests/install/test_abi.py $(PYTEST_ARGS)
+
+test-export: $(STAMPS)/peers $(STAMPS)/extension ## every network of the family through ONNX Runtime and .pt2, fp32 and fp16
+	$(BIN)/python -m pytest -v tests/export_family.py $(PYTEST_ARGS)
+
+test-tensorrt: $(STAMPS)/tensorrt ## the real converters and engine builder of TensorRT; no GPU needed
+	$(TRT)/bin/python -m pytest -o addopts= -p no:cacheprovider -v tests/tensorrt $(PYTEST_ARGS)
 
 clean: ## what was built and cached; not $(VENV)
 	rm -rf build dist *.egg-info fused_resnet/_C*.so fused_resnet/_build_info.json $(STAMPS)
@@ -88,10 +96,23 @@ $(STAMPS)/rivals: $(STAMPS)/bench
 	@$(INSTALL) $(CONSTRAINTS) --no-build-isolation --editable ".[peers]" || echo "some rivals cannot be installed here"
 	@touch $@
 
-# For tests, what goes with this torch but may not choose another: torchvision (0.28 with 2.13), and triton where it has none.
+# For tests, what goes with this torch but may not choose another: torchvision (0.28 with 2.13), triton where it has none, ONNX.
 $(STAMPS)/peers: $(STAMPS)/test
-	@echo "$(VENV): torchvision and triton"
+	@echo "$(VENV): torchvision, triton and ONNX Runtime"
 	@$(INSTALL) $(CONSTRAINTS) --no-deps "torchvision==$$($(BIN)/python -c '$(TORCH); print(f"0.{torch[1] + 15}.*")')"
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) -c constraints.txt --no-deps triton || \
 	    echo "no triton for this platform: its tests will be skipped"
+	@$(INSTALL) $(CONSTRAINTS) onnx onnxscript onnxruntime || echo "no ONNX Runtime for this platform: its tests will be skipped"
+	@touch $@
+
+# Torch-TensorRT for RTX (it shares its module's name with the one for data centres) in an environment on top of $(VENV).
+# Its compiled runtime needs a CUDA build of torch; without those files it takes its own runtime in Python.
+$(STAMPS)/tensorrt: constraints.txt $(STAMPS)/peers
+	@echo "$(TRT): Torch-TensorRT for RTX"
+	@$(BIN)/python -m venv $(TRT)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" >"$$($(TRT)/bin/python -c '$(SITE)')/parent.pth"
+	@$(TRT)/bin/pip --disable-pip-version-check install --quiet -c constraints.txt --no-deps torch-tensorrt-rtx \
+	    tensorrt_rtx tensorrt_rtx_cu13 tensorrt_rtx_cu13_bindings tensorrt_rtx_cu13_libs dllist psutil
+	@test -e "$$($(BIN)/python -c '$(SITE)')/torch/lib/libtorch_cuda.so" || \
+	    rm -f "$$($(TRT)/bin/python -c '$(SITE)')"/torch_tensorrt/lib/*.so
 	@touch $@

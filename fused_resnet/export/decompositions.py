@@ -63,13 +63,30 @@ def _bn_act_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dims = [d for d in range(x.dim()) if d != 1]
     var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), dims, correction=0)
-    return _bn_act_eval(x, gamma, beta, mean, var, residual, eps, activation, backend), mean, var
+    gamma = (
+        torch.ones_like(mean) if gamma is None else _wide(gamma, x)
+    )  # with none, aten rounds statistics to x's dtype
+    y = aten._native_batch_norm_legit.no_stats(x, gamma, _wide(beta, x), True, 0.0, eps)[0]  # differentiable
+    return _finish(y, residual, activation), mean, var
 
 
-def _bn_act_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *args, has_residual, _ = args  # type: ignore[assignment]
-    grad_x, grad_gamma, grad_beta, grad_residual = reference.bn_act_backward(grad, *args, has_residual)
-    activation = args[-2]
+def _bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: Activation,
+    training: bool,
+    has_residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x, grad_gamma, grad_beta, grad_residual = reference.bn_act_backward(
+        grad, x, out, gamma, beta, mean, var, eps, activation, training, has_residual
+    )
     if grad_residual is None or activation is None:  # as the op: the caller uses `grad` itself
         grad_residual = grad.new_empty(0)
     return grad_x, grad_gamma, grad_beta, grad_residual
@@ -80,14 +97,30 @@ def _pool(y: Tensor, with_offsets: bool) -> tuple[Tensor, Tensor]:
     return out, reference.pool_offsets(indices, y.shape[3]) if with_offsets else y.new_empty(0, dtype=torch.uint8)
 
 
-def _bn_act_pool_eval(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *vectors, eps, activation, with_offsets, backend = args
-    return _pool(_bn_act_eval(x, *vectors, None, eps, activation, backend), with_offsets)
+def _bn_act_pool_eval(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: Activation,
+    with_offsets: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _pool(_bn_act_eval(x, gamma, beta, mean, var, None, eps, activation, backend), with_offsets)
 
 
-def _bn_act_pool_train(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *vectors, eps, activation, with_offsets, backend = args
-    y, mean, var = _bn_act_train(x, *vectors, None, eps, activation, backend)
+def _bn_act_pool_train(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    activation: Activation,
+    with_offsets: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, mean, var = _bn_act_train(x, gamma, beta, None, eps, activation, backend)
     return *_pool(y, with_offsets), mean, var
 
 
@@ -111,9 +144,24 @@ def _conv_bias_act(
     return _finish(y, residual, activation)
 
 
-def _conv_bn_act(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    gamma, beta, mean, var, residual, *conv, eps, activation, backend = args
-    y = _conv_bias_act(x, weight, bias, None, *conv, None, backend)
+def _conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
+    activation: Activation,
+    backend: str,
+) -> Tensor:
+    y = _conv_bias_act(x, weight, bias, None, stride, padding, dilation, groups, None, backend)
     return _bn_act_eval(y, gamma, beta, mean, var, residual, eps, activation, backend)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import io
 import json
@@ -22,20 +23,32 @@ from fused_resnet.export.plain import to_plain
 
 
 def to_program(
-    name: str, model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_size: bool, dtype: torch.dtype | None
+    name: str,
+    model: nn.Module,
+    example: Tensor,
+    dynamic_batch: bool,
+    dynamic_size: bool,
+    dtype: torch.dtype | None,
+    device: torch.device | None = None,
+    batches: tuple[int, int | None] = (1, None),
 ) -> ExportedProgram:
-    """The folded model as an exported program; `name` is the caller's, for errors."""
+    """The folded model as an exported program for batches of `batches` sizes (from, to) where they may change.
+
+    `name` is the caller's, for errors; a dtype or device of None is the model's.
+    """
     if not isinstance(example, Tensor) or example.dim() < 2 or not example.numel():
         got = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"{name}: example must be a batch of images, (N, C, H, W), got {got}")
-    plain = to_plain(model)
-    if dtype is not None:
-        plain.to(dtype)
+    plain = to_plain(model).to(device=device, dtype=dtype)
     parameter = next(plain.parameters(), example)
     example = example.detach().to(parameter.device, parameter.dtype)
     if dynamic_batch and len(example) == 1:
         example = torch.cat([example, example])  # a size of 1 would become a constant
-    dynamic = {d: torch.export.Dim(name, min=1) for d, name in _dynamic(example, dynamic_batch, dynamic_size).items()}
+    bounds = {"batch": batches}
+    dynamic = {}
+    for d, axis in _dynamic(example, dynamic_batch, dynamic_size).items():
+        least, most = bounds.get(axis, (1, None))
+        dynamic[d] = torch.export.Dim(axis, min=least, max=most)
     # Else 1x1 feature maps, which torch treats apart, would be excluded.
     oblivious = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with torch.no_grad(), oblivious, warnings.catch_warnings():
@@ -138,9 +151,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))  # a link stays one
     if target.is_dir():
-        raise IsADirectoryError(f"{path} is a directory")
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: no folder {target.parent}")
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp{target.suffix}")
     try:
         temporary.touch()

@@ -1,0 +1,61 @@
+"""Every network of the family as ONNX (run by ONNX Runtime) and .pt2, fp32 and fp16: `make test-export`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from networks import assert_close, images, infer, randomise, twins
+from test_export_onnx import run
+from torch import nn
+
+import fused_resnet as fr
+from fused_resnet.cli import MODELS
+from fused_resnet.export import to_onnx, to_pt2
+
+SHAPES = ((1, 3, 64, 64), (2, 3, 97, 65))
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+
+
+def assert_exports(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype, folder: Path) -> None:
+    """Both files, for other batches and sizes than the example's, within the budget that torch's own layers set."""
+    example = images(1, 3, 64, 64)
+    onnx = to_onnx(ours, example, folder / "net.onnx", dynamic_size=True, dtype=dtype)
+    pt2 = to_pt2(ours, example, folder / "net.pt2", dynamic_size=True, dtype=dtype)
+    module = torch.export.load(pt2).module()
+    for shape in SHAPES:
+        x = images(*shape, dtype=dtype)
+        exact = infer(copy.deepcopy(theirs).double(), x.double())
+        plain = infer(copy.deepcopy(theirs).to(dtype), x)
+        assert_close(f"onnx {shape}", run(onnx, x), plain, exact)
+        assert_close(f"pt2 {shape}", infer(module, x), plain, exact)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("name", MODELS)
+def test_family(torchvision: ModuleType, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    ours, theirs = (model.eval() for model in twins(torchvision, name))
+    assert_exports(ours, theirs, dtype, tmp_path)
+
+
+FOREIGN = {
+    "torchvision resnet50": lambda torchvision: torchvision.models.resnet50(num_classes=10),
+    "torchvision resnext50_32x4d": lambda torchvision: torchvision.models.resnext50_32x4d(num_classes=10),
+    "timm resnet50": lambda _: pytest.importorskip("timm", reason="timm is not installed").create_model("resnet50"),
+    "timm resnet26d": lambda _: pytest.importorskip("timm", reason="timm is not installed").create_model("resnet26d"),
+}
+
+
+@PRECISIONS
+@pytest.mark.parametrize("name", FOREIGN)
+def test_fused_models_of_others(torchvision: ModuleType, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    if not hasattr(fr, "fuse"):
+        pytest.skip("fused_resnet has no fuse() yet")
+    model = FOREIGN[name](torchvision).eval()
+    randomise(model)
+    fused = copy.deepcopy(model)
+    assert fr.fuse(fused).fused
+    assert_exports(fused, model, dtype, tmp_path)
