@@ -4,6 +4,7 @@ from fused_resnet import ops
 from fused_resnet._version import __version__
 from fused_resnet.convert import refresh, restore
 from fused_resnet.dispatch import BackendUnavailableError, backend_table, set_backend, use_backend
+from fused_resnet.export import to_onnx, to_plain, to_pt2
 from fused_resnet.models.resnet import (
     ResNet,
     resnet18,
@@ -20,6 +21,7 @@ from fused_resnet.models.resnet import (
 from fused_resnet.modules import AddReLU, BasicBlock, BNAct, Bottleneck, ConvBNAct
 from fused_resnet.parity import ParityError, verify
 from fused_resnet.sync_batchnorm import convert_sync_batchnorm
+from fused_resnet.tensorrt import to_tensorrt
 
 __all__ = [
     "AddReLU",
@@ -45,6 +47,10 @@ __all__ = [
     "resnext101_64x4d",
     "restore",
     "set_backend",
+    "to_onnx",
+    "to_plain",
+    "to_pt2",
+    "to_tensorrt",
     "use_backend",
     "verify",
     "wide_resnet50_2",
