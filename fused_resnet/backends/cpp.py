@@ -24,8 +24,9 @@ _SCHEMAS = (
     "bn_act_backward(Tensor grad, Tensor x, Tensor? out, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
     " float eps, bool relu, bool training, bool has_residual)"
     " -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_residual)",
-    "bn_act_pool_train_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " float momentum, float eps, bool relu, bool with_offsets) -> (Tensor out, Tensor offsets, Tensor mean, Tensor var)",
+    "bn_act_pool_train_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, float momentum, float eps, bool relu, bool with_offsets)"
+    " -> (Tensor out, Tensor offsets, Tensor mean, Tensor var)",
     "bn_act_pool_eval_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps, bool relu,"
     " bool with_offsets) -> (Tensor out, Tensor offsets)",
     "bn_act_pool_backward(Tensor grad, Tensor offsets, Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
@@ -137,7 +138,8 @@ def _train_forward(
         return result
     result = op(x, _wide(gamma, x), _wide(beta, x), None, None, *args)
     if x.numel():
-        update_running_stats(running_mean, running_var, *result[-2:], momentum, x.numel() // x.shape[1])
+        mean, var = result[-2:]
+        update_running_stats(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1])
     return result
 
 

@@ -142,10 +142,12 @@ def problems(row: dict[str, Any], compiled: Any, arch: str, vector: bool, dot: b
     if row["stack"] or row["spills"]:
         found.append(f"stack {row['stack']}, spills {row['spills']}")
     nvidia = not arch.startswith("gfx")
+    text = compiled.asm["ptx" if nvidia else "amdgcn"]
+    if re.search(r"\b(?:atom|red)\.|_atomic_", text):
+        found.append("atomics")
     if vector and nvidia and not row["wide_loads"]:
         found.append("no 128-bit loads")
     if dot:
-        text = compiled.asm["ptx" if nvidia else "amdgcn"]
         if TENSOR_CORE[arch] not in text:
             found.append(f"no {TENSOR_CORE[arch]}")
         if arch == "sm_90" and "C7511" in ptxas_messages(compiled, arch):

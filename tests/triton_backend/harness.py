@@ -97,6 +97,7 @@ class Launch:
                 touched = {kind: np.zeros(last + 1, dtype=bool) for kind in ("load", "store")}
                 self._spans.append((name, base.data_ptr(), base.data_ptr() + (last + 1) * size, size, touched))
         self._issued: dict[tuple[str, str], int] = {}
+        self.starts: dict[str, list[int]] = {}  # of each access in turn, the first byte touched
 
     def touch(self, kind: str, pointers: np.ndarray, mask: np.ndarray) -> None:
         pointers = pointers[np.broadcast_to(mask, pointers.shape)]
@@ -107,6 +108,7 @@ class Launch:
             if begin <= low and high < end:
                 touched[kind][(pointers - np.uint64(begin)) // np.uint64(size)] = True
                 self._issued[kind, name] = self._issued.get((kind, name), 0) + pointers.size * size
+                self.starts.setdefault(name, []).append(low - begin)
                 return
         raise IndexError(f"{self.kernel}: a {kind} outside the tensors of the launch")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from harness import guarded, track
 from traffic import end_calls, launched, middle_calls, resnet50, stem_calls
 
-from fused_resnet.backends.triton import configs
+from fused_resnet.backends.triton import bn_act, bn_act_pool, configs
 
 
 def test_resnet50_moves_what_the_rules_say():
@@ -52,3 +54,31 @@ def test_kernels_access_what_the_model_says(name):
                 assert unique == expected.unique[argument], (launch.kernel, argument)
                 if expected.unique[argument] > 10_000:  # activations; vectors are read once or twice per program
                     assert issued == expected.issued[argument], (launch.kernel, argument)
+
+
+def test_second_passes_walk_the_rows_backward():
+    """What the first pass read last is read first by the second: it is still in the L2 cache."""
+    x = guarded((2, 64, 16, 16), torch.bfloat16)
+    tensors = {"statistics": "x", "backward_reduce": "x", "apply": "out", "backward_apply": "grad_x"}
+    seen = set()
+    with contextlib.ExitStack() as stack:
+        for module in (bn_act, bn_act_pool):
+            for kernel in (module.APPLY, module.BACKWARD_REDUCE, module.BACKWARD_APPLY, bn_act.STATISTICS):
+                config = {"BLOCK_R": 32, "BLOCK_C": 64, "PROGRAMS": 1, "num_warps": 4}
+                config |= {"STAGES": 1} if kernel == bn_act.STATISTICS else {}
+                stack.enter_context(configs.override(kernel, config))
+        for call in (*middle_calls(x), *stem_calls(x)):
+            with track() as launches:
+                call.run()
+            for launch in launches:
+                role = launch.kernel.removeprefix("bn_").removeprefix("pool_").removesuffix("_kernel")
+                if role not in tensors:  # what merges parts
+                    continue
+                starts = launch.starts[tensors[role]]
+                backward = role in ("apply", "backward_apply")
+                assert len(starts) >= 4
+                assert (starts[0] > starts[-1]) == backward, launch.kernel
+                if launch.kernel in ("bn_statistics_kernel", "bn_apply_kernel", "bn_backward_apply_kernel"):
+                    assert starts == sorted(set(starts), reverse=backward)
+                seen.add(launch.kernel)
+    assert len(seen) == 7

@@ -1,9 +1,10 @@
 """Compiles every config of every kernel for every target; records/<suite>.json keeps the outcome (`make test-aot`).
 
-    python records.py [--python PATH ...] [--suite NAME ...]
+    python records.py [--python PATH ...] [--suite NAME ...] [--target NAME ...] [--jobs N] [--seconds N]
 
-Each --python is an interpreter that has another version of triton. `test_triton.py` fails where a record is missing,
-or was made from another source.
+Each --python is an interpreter that has another version of triton. What has a record of this source is not compiled
+again, so a run that was cut short, or ended after --seconds, goes on where it was. `test_triton.py` fails where a
+record is missing, or was made from another source.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+import tokenize
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "fused_resnet" / "backends" / "triton"
@@ -33,16 +38,24 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 
 
+def code(text: str) -> str:
+    """Python source without comments, docstrings and blank lines."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            for row in range(node.body[0].lineno - 1, node.body[0].end_lineno or 0):
+                lines[row] = ""
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
 def source_hash(suite: str) -> str:
-    """Of the suite's modules and cases, without comments and docstrings."""
-    text = ""
-    for path in (HERE / f"aot_{suite}.py", *(KERNELS / f"{module}.py" for module in SUITES[suite])):
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        text += ast.unparse(tree)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Of the code of the suite's cases and modules."""
+    paths = (HERE / f"aot_{suite}.py", *(KERNELS / f"{module}.py" for module in SUITES[suite]))
+    return hashlib.sha256("\n".join(code(path.read_text()) for path in paths).encode()).hexdigest()[:16]
 
 
 def read(suite: str) -> dict[str, Any]:
@@ -50,21 +63,24 @@ def read(suite: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def is_stale(suite: str, target: str, version: str) -> bool:
+    return read(suite).get(f"{target} triton-{version}", {}).get("source") != source_hash(suite)
+
+
 def stale(suite: str) -> list[str]:
     """What `records/<suite>.json` lacks, or has from another source."""
-    records, source = read(suite), source_hash(suite)
-    wanted = [f"{target} triton-{version}" for target in TARGETS for version in TRITONS]
-    return [key for key in wanted if records.get(key, {}).get("source") != source]
+    every = itertools.product(TARGETS, TRITONS)
+    return [f"{target} triton-{version}" for target, version in every if is_stale(suite, target, version)]
 
 
-def summary(suite: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(source: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     kernels: dict[str, dict[str, int]] = {}
     for row in rows:
         kernel = kernels.setdefault(row["kernel"], {"compiled": 0, "registers": 0, "shared": 0})
         kernel["compiled"] += 1
         for number in ("registers", "shared"):
             kernel[number] = max(kernel[number], row[number])
-    return {"source": source_hash(suite), "largest": kernels}
+    return {"source": source, "largest": kernels}
 
 
 def write(suite: str, new: dict[str, Any]) -> None:
@@ -75,47 +91,73 @@ def write(suite: str, new: dict[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def compile_all(python: str, target: str, suites: list[str]) -> tuple[str, dict[str, Any], str]:
-    """(triton's version, rows per suite, output)."""
-    with tempfile.TemporaryDirectory() as folder:
-        version = subprocess.run(
-            [python, "-c", "from importlib.metadata import version; print(version('triton'))"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        out = Path(folder) / "rows.json"
-        command = [python, str(HERE / "aot.py"), "--full", "--quiet", "--target", target, "--json", str(out)]
-        for suite in suites:
-            command += ["--suite", suite]
-        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-        return version, json.loads(out.read_text()) if out.exists() else {}, done.stdout + done.stderr
+class Job(NamedTuple):
+    """One process: a suite for a target, with the triton of an interpreter."""
+
+    python: str
+    version: str
+    target: str
+    suite: str
+
+    def run(self) -> tuple[list[dict[str, Any]] | None, str, str]:
+        """(a row per kernel, None where the process failed; output; hash of the source)."""
+        source = source_hash(self.suite)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "rows.json"
+            options = ["--full", "--quiet", "--target", self.target, "--suite", self.suite, "--json", str(out)]
+            env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+            command = [self.python, str(HERE / "aot.py"), *options]
+            done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+            rows = json.loads(out.read_text())[self.suite] if out.exists() else None
+            return rows, done.stdout + done.stderr, source
+
+
+def triton_version(python: str) -> str:
+    command = [python, "-c", "from importlib.metadata import version; print(version('triton'))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append")
     parser.add_argument("--suite", action="append", choices=sorted(SUITES))
     parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no process after this time")
     options = parser.parse_args()
-    suites = options.suite or list(SUITES)
-    jobs = [(python, target) for python in options.python or [sys.executable] for target in options.target or TARGETS]
-    failed = False
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (_, target), (version, report, output) in zip(
-            jobs, pool.map(lambda job: compile_all(*job, suites), jobs), strict=True
-        ):
-            bad = [row for rows in report.values() for row in rows if row["problems"]]
-            count = sum(map(len, report.values()))
-            print(f"{target} triton-{version}: {count} kernels compiled, {len(bad)} with problems", flush=True)
-            if bad or set(report) != set(suites):
-                failed = True
+    begun = time.monotonic()
+    pythons = {python: triton_version(python) for python in options.python or [sys.executable]}
+    jobs = [
+        Job(python, version, target, suite)
+        for (python, version), target, suite in itertools.product(
+            pythons.items(), options.target or TARGETS, options.suite or SUITES
+        )
+        if is_stale(suite, target, version)
+    ]
+    failed = late = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+
+        def run(job: Job) -> tuple[list[dict[str, Any]] | None, str, str] | None:
+            return job.run() if time.monotonic() - begun < options.seconds else None
+
+        futures = {pool.submit(run, job): job for job in jobs}
+        for future in as_completed(futures):
+            job, outcome = futures[future], future.result()
+            if outcome is None:
+                late += 1
+                continue
+            rows, output, source = outcome
+            bad = [row for row in rows or () if row["problems"]]
+            name = f"{job.suite}, {job.target} triton-{job.version}"
+            print(f"{name}: {len(rows or ())} kernels compiled, {len(bad)} with problems", flush=True)
+            if bad or not rows:
+                failed += 1
                 print(output, flush=True)
-            for suite, rows in report.items():
-                if not any(row["problems"] for row in rows):
-                    write(suite, {f"{target} triton-{version}": summary(suite, rows)})
-    return int(failed)
+            else:
+                write(job.suite, {f"{job.target} triton-{job.version}": summary(source, rows)})
+    if late:
+        print(f"{late} of {len(jobs)} left for the next run")
+    return int(failed > 0 or late > 0)
 
 
 if __name__ == "__main__":

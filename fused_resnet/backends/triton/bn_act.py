@@ -36,7 +36,7 @@ def at(rows, cols, C, L):
 @triton.jit
 def channels(mean, var, gamma, beta, eps, cols, inside):
     """(mean, scale, beta), each [1, C]: bn(x) = scale * (x - mean) + beta."""
-    scale = tl.div_rn(1.0, tl.sqrt_rn(load(var + cols, inside) + eps))
+    scale = tl.rsqrt(load(var + cols, inside) + eps)
     if gamma is not None:
         scale *= load(gamma + cols, inside)
     shift = tl.zeros_like(scale)
@@ -282,11 +282,11 @@ def bn_backward_finish_kernel(
     sum_g = sum_parts(partials, P, C, cols, inside, BLOCK_P, BLOCK_C)
     sum_gx = sum_parts(partials + plane, P, C, cols, inside, BLOCK_P, BLOCK_C)
     tl.store(grad_beta + cols, sum_g, mask=inside)
-    tl.store(grad_gamma + cols, sum_gx / tl.sqrt_rn(load(var + cols, inside) + eps), mask=inside)
+    tl.store(grad_gamma + cols, sum_gx * tl.rsqrt(load(var + cols, inside) + eps), mask=inside)
     if var2 is not None:
         sum_gx2 = sum_parts(partials + 2 * plane, P, C, cols, inside, BLOCK_P, BLOCK_C)
         tl.store(grad_beta2 + cols, sum_g, mask=inside)
-        tl.store(grad_gamma2 + cols, sum_gx2 / tl.sqrt_rn(load(var2 + cols, inside) + eps2), mask=inside)
+        tl.store(grad_gamma2 + cols, sum_gx2 * tl.rsqrt(load(var2 + cols, inside) + eps2), mask=inside)
 
 
 @triton.jit
@@ -298,7 +298,7 @@ def gradient(g, centred, scale, mean_g, slope):
 @triton.jit
 def slopes(grad_gamma, var, eps, M, cols, inside):
     """[1, C]: S2/M * rstd."""
-    return (load(grad_gamma + cols, inside) / M / tl.sqrt_rn(load(var + cols, inside) + eps))[None, :]
+    return (load(grad_gamma + cols, inside) / M * tl.rsqrt(load(var + cols, inside) + eps))[None, :]
 
 
 @triton.jit
@@ -372,13 +372,14 @@ def tile(key: configs.Key, block_c: int, vectors: int, warps: int, programs: int
 
 
 def _default(target: configs.Target, key: configs.Key) -> configs.Config:
-    narrow = int(key[2]) % 8 != 0  # no 16-byte loads: more registers for addresses
-    return tile(key, 64 if key[0] else 8, 1 if narrow else 2, 8)
+    # One where addresses take more registers: without 16-byte loads, or in NCHW.
+    vectors = 2 if key[0] and int(key[2]) % 8 == 0 else 1
+    return tile(key, 64 if key[0] else 8, vectors, 8)
 
 
 def _candidates(target: configs.Target, key: configs.Key) -> list[configs.Config]:
-    nhwc = ((64, 2, 8, 4), (64, 1, 8, 4), (64, 2, 4, 4), (64, 4, 4, 4), (128, 2, 8, 2))
-    nchw = ((8, 2, 8, 4), (8, 2, 4, 4), (1, 2, 4, 4))
+    nhwc = ((64, 2, 8, 4), (64, 1, 8, 4), (64, 1, 4, 4), (128, 2, 8, 2))
+    nchw = ((8, 1, 4, 4), (1, 1, 4, 4))
     return [tile(key, *shape) for shape in (nhwc if key[0] else nchw)]
 
 
@@ -387,8 +388,8 @@ def _staged(target: configs.Target, key: configs.Key) -> configs.Config:
 
 
 def _staged_candidates(target: configs.Target, key: configs.Key) -> list[configs.Config]:
-    tiles = [_default(target, key), *_candidates(target, key)]
-    return [config | {"STAGES": stages} for config in tiles for stages in (1, STAGES)]
+    unstaged = _default(target, key) | {"STAGES": 1}
+    return [unstaged, *(config | {"STAGES": STAGES} for config in _candidates(target, key))]
 
 
 _SPACE = configs.Space(_default, _candidates)

@@ -47,6 +47,7 @@ def bn_pool_apply_kernel(
     C,
     L,  # pixels of a channel that lie side by side in x: H * W in NCHW, 1 in NHWC
     LP,  # and in out
+    S,  # elements from a pixel of a channel to the next: 1 in NCHW, C in NHWC
     H,
     W,
     P,
@@ -64,11 +65,13 @@ def bn_pool_apply_kernel(
         best = tl.full([BLOCK_R, BLOCK_C], float("-inf"), tl.float32)
         first = tl.where(p == 0, 3, 0) + tl.where(q == 0, 1, 0)  # the window's first tap that is not padding
         which = tl.broadcast_to(first[:, None], [BLOCK_R, BLOCK_C])
+        middle = at((n * H + 2 * p) * W + 2 * q, cols, C, L)  # the window's, which always exists
         for tap in tl.static_range(9):
             h = 2 * p - 1 + tap // 3
             w = 2 * q - 1 + tap % 3
             there = ((rows < M) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-            y = s * (load(x + at((n * H + h) * W + w, cols, C, L), there & inside[None, :]) - m) + b
+            here = middle + ((tap // 3 - 1) * W + tap % 3 - 1) * S
+            y = s * (load(x + here, there & inside[None, :]) - m) + b
             if RELU:
                 y = relu(y)
             y = y.to(x.dtype.element_ty).to(tl.float32)  # so that ties are those of stored values
@@ -83,10 +86,8 @@ def bn_pool_apply_kernel(
 
 
 @triton.jit
-def window(grad, offsets, n, p, q, P, Q, cols, exists, C, LP):
-    """Gradients [R, C] and offsets of the windows (p, q); 0 where there is none."""
-    valid = exists & ((p < P) & (q < Q))[:, None]
-    here = at((n * P + p) * Q + q, cols, C, LP)
+def window(grad, offsets, here, valid):
+    """Gradients and offsets [R, C] of windows; 0 where there is none."""
     return load(grad + here, valid), tl.load(offsets + here, mask=valid, other=0)
 
 
@@ -96,12 +97,14 @@ def picked(g, offsets, tap: tl.constexpr):
 
 
 @triton.jit
-def quads(grad, offsets, n, a, b, P, Q, cols, exists, C, LP):
+def quads(grad, offsets, n, a, b, P, Q, cols, exists, C, LP, S):
     """The gradient of act's output at the pixels (2a, 2b), (2a, 2b + 1), (2a + 1, 2b), (2a + 1, 2b + 1)."""
-    g, at_g = window(grad, offsets, n, a, b, P, Q, cols, exists, C, LP)
-    right, at_right = window(grad, offsets, n, a, b + 1, P, Q, cols, exists, C, LP)
-    below, at_below = window(grad, offsets, n, a + 1, b, P, Q, cols, exists, C, LP)
-    last, at_last = window(grad, offsets, n, a + 1, b + 1, P, Q, cols, exists, C, LP)
+    here = at((n * P + a) * Q + b, cols, C, LP)
+    on_right, on_below = exists & (b + 1 < Q)[:, None], exists & (a + 1 < P)[:, None]
+    g, at_g = window(grad, offsets, here, exists)
+    right, at_right = window(grad, offsets, here + S, on_right)
+    below, at_below = window(grad, offsets, here + Q * S, on_below)
+    last, at_last = window(grad, offsets, here + (Q + 1) * S, on_right & on_below)
     return (
         picked(g, at_g, 4),
         picked(g, at_g, 5) + picked(right, at_right, 3),
@@ -111,14 +114,12 @@ def quads(grad, offsets, n, a, b, P, Q, cols, exists, C, LP):
 
 
 @triton.jit
-def pixel(x, g, n, h, w, H, W, cols, exists, C, L, m, s, b, RELU: tl.constexpr):
-    """(offsets, mask, x - mean, masked g) of the pixels (h, w)."""
-    valid = exists & ((h < H) & (w < W))[:, None]
-    here = at((n * H + h) * W + w, cols, C, L)
+def pixel(x, g, here, valid, m, s, b, RELU: tl.constexpr):
+    """(x - mean, masked g) of the pixels at `here`."""
     centred = load(x + here, valid) - m
     if RELU:
         g = relu_grad(g, (s * centred + b).to(x.dtype.element_ty).to(tl.float32))
-    return here, valid, centred, g
+    return centred, g
 
 
 @triton.jit
@@ -137,6 +138,7 @@ def bn_pool_backward_reduce_kernel(
     C,
     L,
     LP,
+    S,
     H,
     W,
     P,
@@ -154,14 +156,16 @@ def bn_pool_backward_reduce_kernel(
         rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         i, j, k = rows // (P * Q), rows // Q % P, rows % Q
         exists = (rows < M)[:, None] & inside[None, :]
-        four = quads(grad, offsets, i, j, k, P, Q, cols, exists, C, LP)
+        four = quads(grad, offsets, i, j, k, P, Q, cols, exists, C, LP, S)
+        first = at((i * H + 2 * j) * W + 2 * k, cols, C, L)
         for corner in tl.static_range(4):
-            h, w = 2 * j + corner // 2, 2 * k + corner % 2
-            here, valid, centred, g = pixel(x, four[corner], i, h, w, H, W, cols, exists, C, L, m, s, b, RELU)
+            valid = exists & ((2 * j + corner // 2 < H) & (2 * k + corner % 2 < W))[:, None]
+            here = first + (corner // 2 * W + corner % 2) * S
+            centred, g = pixel(x, four[corner], here, valid, m, s, b, RELU)
             if grad_x is not None:
                 store(grad_x + here, s * g, valid)
-            sum_g += tl.where(valid, g, 0.0)
-            sum_gx += tl.where(valid, g * centred, 0.0)
+            sum_g += g  # 0 where there is no pixel: no window picks one
+            sum_gx += g * centred
     to = partials + part * C + cols
     tl.store(to, tl.sum(sum_g, 0), mask=inside)
     tl.store(to + parts * C, tl.sum(sum_gx, 0), mask=inside)
@@ -185,6 +189,7 @@ def bn_pool_backward_apply_kernel(
     C,
     L,
     LP,
+    S,
     H,
     W,
     P,
@@ -202,23 +207,31 @@ def bn_pool_backward_apply_kernel(
         rows = (tiles - 1 - tile) * BLOCK_R + tl.arange(0, BLOCK_R)
         i, j, k = rows // (P * Q), rows // Q % P, rows % Q
         exists = (rows < M)[:, None] & inside[None, :]
-        four = quads(grad, offsets, i, j, k, P, Q, cols, exists, C, LP)
+        four = quads(grad, offsets, i, j, k, P, Q, cols, exists, C, LP, S)
+        first = at((i * H + 2 * j) * W + 2 * k, cols, C, L)
         for corner in tl.static_range(4):
-            h, w = 2 * j + corner // 2, 2 * k + corner % 2
-            here, valid, centred, g = pixel(x, four[corner], i, h, w, H, W, cols, exists, C, L, m, s, b, RELU)
+            valid = exists & ((2 * j + corner // 2 < H) & (2 * k + corner % 2 < W))[:, None]
+            here = first + (corner // 2 * W + corner % 2) * S
+            centred, g = pixel(x, four[corner], here, valid, m, s, b, RELU)
             store(grad_x + here, gradient(g, centred, s, mean_g, slope), valid)
 
 
 # Host side
 
 
+def _tile(key: configs.Key, block_c: int, warps: int, programs: int) -> configs.Config:
+    """4 values per thread in NCHW, whose windows are not loaded by vectors: addresses take the registers."""
+    nhwc, itemsize, channels = key
+    return bn_act.tile((nhwc, itemsize if nhwc else 4, channels), block_c, 1, warps, programs)
+
+
 def _default(target: configs.Target, key: configs.Key) -> configs.Config:
-    return bn_act.tile(key, 64 if key[0] else 8, 1, 8)
+    return _tile(key, 64 if key[0] else 8, 8, bn_act.PROGRAMS)
 
 
 def _candidates(target: configs.Target, key: configs.Key) -> list[configs.Config]:
-    shapes = ((64, 1, 8, 4), (64, 1, 4, 4), (32, 1, 4, 4)) if key[0] else ((8, 1, 4, 4), (1, 1, 4, 4))
-    return [bn_act.tile(key, *shape) for shape in shapes]
+    shapes = ((64, 8, 4), (64, 4, 4), (32, 4, 4)) if key[0] else ((8, 4, 4), (1, 4, 4))
+    return [_tile(key, *shape) for shape in shapes]
 
 
 _SPACE = configs.Space(_default, _candidates)
@@ -228,10 +241,10 @@ BACKWARD_APPLY = configs.register("bn_pool_backward_apply", _SPACE)
 
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
-    """(M, C, L, LP, H, W, P, Q) of a dense (N, C, H, W) tensor, M being the number of windows."""
+    """(M, C, L, LP, S, H, W, P, Q) of a dense (N, C, H, W) tensor, M being the number of windows."""
     n, c, h, w = x.shape
     p, q = (h + 1) // 2, (w + 1) // 2
-    return n * p * q, c, *((h * w, p * q) if x.is_contiguous() else (1, 1)), h, w, p, q
+    return n * p * q, c, *((h * w, p * q, 1) if x.is_contiguous() else (1, 1, c)), h, w, p, q
 
 
 def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
