@@ -261,7 +261,10 @@ class BackendTable(list[Row]):
 
 
 def backend_table() -> BackendTable:
-    """Per op, device and backend: live (what the automatic choice takes there for fp32), or the reason why not."""
+    """Per op, device and backend: live (what the automatic choice takes there for fp32), or the reason why not.
+
+    Where a backend must prove itself on a device before it is chosen, it does so now (seconds, once per process).
+    """
     rows = BackendTable()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
@@ -275,9 +278,13 @@ def backend_table() -> BackendTable:
                     reason = "does not implement it"
                 if reason is None and hasattr(module, "switched_off"):
                     reason = module.switched_off(device)
+                note = getattr(module, "NOTES", {}).get(op, "")
+                if reason is None and name in order and live is None and hasattr(module, "untested"):
+                    reason = module.untested(op, torch.empty((1, 2, 2, 2), device=device))
+                    note = "equal to reference on this device: its self-check passed"
                 if reason is None and name in order and live is None:
                     live = name
-                    rows.append(Row(op, device, name, True, getattr(module, "NOTES", {}).get(op, "")))
+                    rows.append(Row(op, device, name, True, note))
                 else:
                     note = reason or ("on request" if name not in order else f"on request; {live} comes first")
                     rows.append(Row(op, device, name, False, note))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -159,40 +159,37 @@ def _time(
 # The command line
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `fused-resnet tune`."""
-    parser.add_argument("--model", default="resnet50", help="whose layers to tune for (default: %(default)s)")
-    parser.add_argument("--mode", choices=("infer", "train", "both"), default="both")
-    parser.add_argument("--batch", type=int, default=64, help="images per step (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=224, help="pixels per side (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--device", default="cuda")
-
-
-def workload(model: torch.nn.Module, x: Tensor, mode: str) -> Callable[[], Any]:
+def workload(model: torch.nn.Module, x: Tensor, modes: Sequence[str] = ("infer", "train")) -> Callable[[], Any]:
     """One step of inference, of training, or of both; changes the model's running statistics and gradients."""
 
     def run() -> None:
-        if mode in ("infer", "both"):
+        if "infer" in modes:
             with torch.inference_mode():
                 model.eval()(x)
-        if mode in ("train", "both"):
+        if "train" in modes:
             model.train()(x).float().sum().backward()
 
     return run
 
 
 def main(args: argparse.Namespace) -> int:
-    """`fused-resnet tune`. Returns 0, or 1 where no config of some problem gave the right result."""
+    """`fused-resnet tune`: model, mode, batch, size, dtype, device. Returns 1 where no config of a problem is right.
+
+    Raises:
+        BackendUnavailableError: the Triton backend cannot run there.
+        OSError: the cache cannot be written.
+    """
     import fused_resnet
 
-    device = torch.device(args.device)
+    device = args.device or torch.device("cuda")
     reason = backend.unavailable(device.type)
     if reason is not None:
-        raise dispatch.BackendUnavailableError(f"there is nothing to tune on {device}: {reason}")
-    dtype = getattr(torch, args.dtype)
+        raise dispatch.BackendUnavailableError(f"there is nothing to tune on {device.type}: {reason}")
+    configs.cache_folder().mkdir(parents=True, exist_ok=True)  # before hours of work, not after
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     model = getattr(fused_resnet, args.model)().to(device, dtype, memory_format=torch.channels_last)
     x = torch.randn(args.batch, 3, args.size, args.size, device=device, dtype=dtype)
+    print(f"{args.model}, batch {args.batch}, {args.dtype}: one step, to see which kernels run", flush=True)
     calls = record(workload(model, x.contiguous(memory_format=torch.channels_last), args.mode))
     outcomes = list(tune(calls))
     for kernel, key, config, default_ms, best_ms, refused in outcomes:
@@ -200,7 +197,6 @@ def main(args: argparse.Namespace) -> int:
         print(f"{kernel} {key}: {default_ms:.3f} ms -> {best_ms:.3f} ms{note}  {config}")
     gains = [o.default_ms / o.best_ms for o in outcomes if o.best_ms < float("inf")]
     if gains:
-        print(
-            f"{len(outcomes)} problems, median speed-up {statistics.median(gains):.2f}; kept in {configs.cache_file(x)}"
-        )
+        median, file = statistics.median(gains), configs.cache_file(x)
+        print(f"{len(outcomes)} problems, the median call {median:.2f} times as fast; kept in {file}")
     return int(any(o.best_ms == float("inf") for o in outcomes))

@@ -297,7 +297,7 @@ def test_tuning_on_this_device(tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "_picked", {})
     x = draw((8, 64, 28, 28), torch.bfloat16, "nhwc")
     model = torch.nn.Sequential(fr.BNAct(64), fr.BNAct(64, activation=None)).to(DEVICE, torch.bfloat16)
-    outcomes = list(tuning.tune(tuning.record(tuning.workload(model, x, "both")), progress=False))
+    outcomes = list(tuning.tune(tuning.record(tuning.workload(model, x)), progress=False))
     assert {outcome.kernel for outcome in outcomes} >= {"bn_statistics", "bn_apply", "bn_backward_apply"}
     assert all(outcome.best_ms <= outcome.default_ms < float("inf") for outcome in outcomes)
     (path,) = tmp_path.glob("*.json")
