@@ -1,4 +1,4 @@
-"""The command `fused-resnet`: info, verify, bench, bench-ops, bench-models, bench-all, export.
+"""The command `fused-resnet`: info, verify, bench, bench-ops, bench-models, bench-all, export, tune.
 
 Exit codes: 0 good; 1 a check failed; 2 wrong arguments or a request that cannot be met, with one sentence on standard
 error; 130 interrupted (what was measured until then is kept).
@@ -205,6 +205,19 @@ def bench(args: argparse.Namespace) -> int:
     return load_benchmarks("bench_resnet").bench(request)
 
 
+def export(args: argparse.Namespace) -> int:
+    command = importlib.import_module("fused_resnet.export.command")
+    names = ("to", "out", "model", "weights", "num_classes", "dtype", "size", "batch", "any_size")
+    return command.export(command.Request(**{name: getattr(args, name) for name in names}, images=tuple(args.image)))
+
+
+def tune(args: argparse.Namespace) -> int:
+    try:
+        return importlib.import_module("fused_resnet.tuning").main(args)
+    except OSError as error:
+        raise RequestError(f"what is measured cannot be kept in {error.filename}: {error.strerror}") from error
+
+
 def bench_ops(args: argparse.Namespace) -> int:
     module = load_benchmarks("bench_ops")
     return module.run(module.Request(**{name: value for name, value in vars(args).items() if name != "run"}))
@@ -216,12 +229,6 @@ def bench_models(args: argparse.Namespace) -> int:
 
 def bench_all(args: argparse.Namespace) -> int:
     return load_benchmarks("bench_all").run(**{name: value for name, value in vars(args).items() if name != "run"})
-
-
-def export(args: argparse.Namespace) -> int:
-    command = importlib.import_module("fused_resnet.export.command")
-    names = ("to", "out", "model", "weights", "num_classes", "dtype", "size", "batch", "any_size")
-    return command.export(command.Request(**{name: getattr(args, name) for name in names}, images=tuple(args.image)))
 
 
 # arguments
@@ -332,6 +339,30 @@ def parser() -> argparse.ArgumentParser:
     add("--plot", type=Path, metavar="FILE", help="write one picture (.png, .svg, .pdf)")
     command.set_defaults(run=bench)
 
+    command = commands.add_parser("export", help="a network as a file for other runtimes, checked on photographs")
+    add = command.add_argument
+    add("--to", choices=("onnx", "tensorrt", "pt2"), required=True, help="the kind of file")
+    add("--out", type=Path, required=True, metavar="FILE", help="the file, written as a whole or not at all")
+    add("--model", choices=MODELS, default="resnet50", metavar="M", help=f"one of {', '.join(MODELS)} (resnet50)")
+    add("--weights", metavar="W", help="a state dict's path or URL, or a torchvision weights name (random ones)")
+    add("--num-classes", type=_at_least(1), default=1000, metavar="N", help="outputs of the classifier (1000)")
+    add("--dtype", choices=("fp32", "fp16"), help="of weights, images and logits (fp32; fp16 for tensorrt)")
+    add("--size", type=_at_least(32), default=224, metavar="N", help="height and width of the images (224)")
+    add("--batch", type=_at_least(1), metavar="N", help="take batches of this size alone (any; tensorrt: 1 to 64)")
+    add("--any-size", action="store_true", help="take images of any height and width")
+    add("--image", nargs="+", default=[], metavar="FILE", help="photographs to use instead of the bundled ones")
+    command.set_defaults(run=export)
+
+    command = commands.add_parser("tune", help="measures which configs of the Triton kernels are best on this GPU")
+    add = command.add_argument
+    add("--model", choices=MODELS, default="resnet50", metavar="M", help="the network whose layers count (resnet50)")
+    add("--mode", type=_modes, default=("infer", "train"), metavar="M", help="infer, train or infer,train (both)")
+    add("--batch", type=_at_least(1), default=64, metavar="N", help="images in a batch (64)")
+    add("--size", type=_at_least(32), default=224, metavar="N", help="height and width of the images (224)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of weights and images (bf16)")
+    add("--device", type=_device, metavar="D", help="cuda or cuda:N (cuda)")
+    command.set_defaults(run=tune)
+
     measured = _Parser(add_help=False)
     add = measured.add_argument
     add("--device", type=_device, default=torch.device("cpu"), metavar="D", help="cpu, cuda or cuda:N (cpu)")
@@ -377,20 +408,6 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=_at_least(1), default=300, dest="limit_s", metavar="S", help="seconds a rival may take (300)")
     add("--out", type=Path, metavar="FOLDER", help="(benchmarks/results/DEVICE)")
     command.set_defaults(run=bench_all)
-
-    command = commands.add_parser("export", help="a network as a file for other runtimes, checked on photographs")
-    add = command.add_argument
-    add("--to", choices=("onnx", "tensorrt", "pt2"), required=True, help="the kind of file")
-    add("--out", type=Path, required=True, metavar="FILE", help="the file, written as a whole or not at all")
-    add("--model", choices=MODELS, default="resnet50", metavar="M", help=f"one of {', '.join(MODELS)} (resnet50)")
-    add("--weights", metavar="W", help="a state dict's path or URL, or a torchvision weights name (random ones)")
-    add("--num-classes", type=_at_least(1), default=1000, metavar="N", help="outputs of the classifier (1000)")
-    add("--dtype", choices=("fp32", "fp16"), help="of weights, images and logits (fp32; fp16 for tensorrt)")
-    add("--size", type=_at_least(32), default=224, metavar="N", help="height and width of the images (224)")
-    add("--batch", type=_at_least(1), metavar="N", help="take batches of this size alone (any; tensorrt: 1 to 64)")
-    add("--any-size", action="store_true", help="take images of any height and width")
-    add("--image", nargs="+", default=[], metavar="FILE", help="photographs to use instead of the bundled ones")
-    command.set_defaults(run=export)
     return top
 
 

@@ -86,6 +86,15 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found["gpus"]) == torch.cuda.device_count()
 
 
+def test_info_says_why_triton_is_not_live(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Result(capsys, "info").out.splitlines()
+    reason = dispatch.load("triton").unavailable("cpu")
+    assert reason in ("it needs a GPU", "triton is not installed")
+    for op in dispatch.OPS:
+        (line,) = (line for line in lines if line.split()[:3] == [op, "cpu", "triton"])
+        assert line.endswith(reason)
+
+
 def test_info_is_truthful_where_the_extension_is_missing(tmp_path: Path) -> None:
     """The package without its extension, as in a fresh clone, while an installed one elsewhere has it."""
     root = Path(fused_resnet.__file__).parents[1]
@@ -354,3 +363,14 @@ def test_a_backend_that_cannot_serve_is_an_unmet_request(capsys: pytest.CaptureF
 def test_out_of_memory_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "agree", lambda *args: _raise(torch.OutOfMemoryError("CUDA out of memory")))
     assert_refused(Result(capsys, "bench", *TINY), "memory", "--batch")
+
+
+# tune
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune on")
+def test_tune_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(Result(capsys, "tune"), "nothing to tune on cuda")
+    assert_refused(Result(capsys, "tune", "--device", "cpu"), "nothing to tune on cpu")
+    assert_refused(Result(capsys, "tune", "--device", "cuda:1"), "cuda:1 is not available")
+    assert_refused(Result(capsys, "tune", "--batch", "0"), "at least 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet import dispatch, tuning
+from fused_resnet import cli, dispatch, tuning
 from fused_resnet.backends import reference
 from fused_resnet.backends import triton as backend
 from fused_resnet.backends.triton import add_relu, bn_act, configs
@@ -97,6 +98,20 @@ def test_failing_kernels_are_not_chosen(automatic, monkeypatch):
     monkeypatch.setattr(backend, "add_relu_forward", broken, raising=False)
     with pytest.warns(UserWarning, match="no such instruction"):
         assert dispatch.choose("add_relu_backward", torch.ones(3)).backend == "reference"
+
+
+def test_the_table_says_what_the_self_check_found(automatic, monkeypatch):
+    def row() -> dispatch.Row:
+        return next(r for r in dispatch.backend_table() if (r.op, r.backend) == ("add_relu", "triton"))
+
+    assert row().live
+    assert "self-check passed" in row().note
+    monkeypatch.setattr(backend, "_tested", {})
+    monkeypatch.setattr(backend, "add_relu_backward", lambda grad, out: grad.clone(), raising=False)
+    with pytest.warns(UserWarning, match="differ"):
+        refused = row()
+    assert not refused.live
+    assert "differ" in refused.note
 
 
 def test_bn_act_passes_its_self_check(monkeypatch):
@@ -220,9 +235,38 @@ def test_tuning_refuses_wrong_results_and_small_gains(cache, monkeypatch):
 def test_recording_a_step_finds_every_problem_once(cache):
     model = torch.nn.Sequential(fr.BNAct(16), fr.BNAct(16), fr.BNAct(16, activation=None))
     x = torch.randn(2, 16, 5, 5).to(memory_format=torch.channels_last)
-    calls = tuning.record(tuning.workload(model, x, "both"))
+    calls = tuning.record(tuning.workload(model, x))
     problems = [problem for call in calls for problem in call.problems]
     key = (True, 4, 16)
     kernels = (bn_act.APPLY, bn_act.BACKWARD_APPLY, bn_act.BACKWARD_REDUCE, bn_act.STATISTICS)
     assert sorted(problems) == [(kernel, key) for kernel in kernels]
     assert dispatch.choose("bn_act_eval_forward", x).backend != "triton"  # all is as before
+
+
+@pytest.fixture
+def command(cache, monkeypatch):
+    """`fused-resnet tune` of a model that is one BNAct, with a clock on which the second config is the fastest."""
+    monkeypatch.setattr(fr, "tiny", lambda: fr.BNAct(3), raising=False)
+    monkeypatch.setattr(cli, "MODELS", ("tiny",))
+    clock = itertools.cycle([2.0, 1.0, 3.0])
+    monkeypatch.setattr(tuning.tune, "__kwdefaults__", {"measure": lambda run: next(clock), "progress": True})
+    return ["tune", "--device", "cpu", "--model", "tiny", "--batch", "2", "--size", "32", "--dtype", "fp32"]
+
+
+def test_the_command_tune(command, cache, capsys):
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    kernels = ("bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply")
+    for kernel in kernels:
+        assert f"{kernel} (False, 4, 3)" in out or f"{kernel} (True, 4, 3)" in out
+    assert "config/s" in err  # the progress bar
+    (file,) = cache.glob("*.json")
+    assert str(file) in out
+    assert sorted(json.loads(file.read_text())["configs"]) == sorted(kernels)
+
+
+def test_the_command_tune_where_nothing_can_be_kept(command, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "file" / "folder"))
+    assert cli.main(command) == 2
+    assert "cannot be kept in" in capsys.readouterr().err
