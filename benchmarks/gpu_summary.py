@@ -18,7 +18,11 @@ def steps(path: Path) -> list[str]:
     lines = [[cell.strip() for cell in line.split("|")] for line in path.read_text().splitlines()]
     red = [line for line in lines if line[2].startswith("FAILED")]
     verdict = f"{len(red)} of {len(lines)} steps are red" if red else f"none of {len(lines)} steps is red"
-    return [f"## {verdict}", "", *report.markdown(("part", "step", "result", "time"), sorted(lines, key=red.count))]
+    return [
+        f"## {verdict}",
+        "",
+        *report.markdown(("part", "step", "result", "time"), sorted(lines, key=lambda line: line not in red)),
+    ]
 
 
 def headlines(rows: list[records.Row]) -> list[str]:

@@ -7,7 +7,7 @@ outside them, and counts the bytes and FLOPs of each from its shapes, by the cou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,11 @@ def _nbytes(*values: Any) -> int:
     return sum(t.nbytes for t in {id(t): t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)}.values())
 
 
+def _weight(what: str, tensors: Sequence[Any]) -> Tensor:
+    """Of a conv's arguments; before it stand the input, in a backward pass the gradient, and what is written over."""
+    return tensors[2 if what.endswith(("convolution_backward", "pointwise_")) else 1]
+
+
 def _conv_flops(weight: Tensor, out: Tensor) -> float:
     return 2.0 * weight.numel() * out.numel() / out.shape[1]
 
@@ -87,8 +92,9 @@ def cost(what: str, args: tuple[Any, ...], out: Any) -> tuple[float, float]:
         wanted = args[10]
         gradients = wanted[0] + wanted[1]
         return gradients * (grad.nbytes + weight.nbytes + x.nbytes), gradients * _conv_flops(weight, grad)
-    if what == "aten.convolution" or what.startswith("conv_"):
-        return _nbytes(args, out), _conv_flops(args[1], out)
+    if what == "aten.convolution" or what.startswith(("conv_", "mkldnn._convolution")):
+        over = args[0].nbytes if what.endswith("_") else 0  # read, then written
+        return _nbytes(args, out) + over, _conv_flops(_weight(what, args), out)
     if what == "second_moments":
         rows = args[0]
         return rows.nbytes, 2.0 * rows.shape[0] * rows.shape[1] ** 2
@@ -104,8 +110,7 @@ def _shape(what: str, args: tuple[Any, ...]) -> str:
         return ""
     text = "x".join(map(str, tensors[0].shape))
     if "conv" in what:
-        weight = tensors[2] if what.endswith("convolution_backward") else tensors[1]
-        text += f", weight {'x'.join(map(str, weight.shape))}"
+        text += f", weight {'x'.join(map(str, _weight(what, tensors).shape))}"
     return text
 
 
@@ -150,7 +155,8 @@ class Recorder(TorchDispatchMode):
         if func.is_view or func.namespace == "prim":
             return func(*args, **(kwargs or {}))
         what = f"{func.namespace}.{func.overloadpacket.__name__}"
-        return self._timed(what, "torch", func, args, kwargs or {})
+        by = "library" if func.namespace == "mkldnn" else "torch"  # blocks call oneDNN in place themselves
+        return self._timed(what, by, func, args, kwargs or {})
 
     @contextmanager
     def _primitives(self) -> Iterator[None]:
@@ -200,14 +206,9 @@ def profile(
     return totals
 
 
-def is_conv(kind: Kind) -> bool:
-    """torch's own conv, as against a primitive of ours."""
-    return kind.by == "torch" and "convolution" in kind.what
-
-
 def measure(task: Task, device: torch.device, bandwidth: float, rate: float) -> list[Row]:
     """Rows of one step of ours: "step" as a whole, then every kind of call."""
-    job, _ = bench_models._prepared(task, device)
+    job, _ = bench_models.make_job(task, device)
     step = rivals.OURS[bench_models.OURS].step_for(job)()
     run = harness.timer(device)
     times = [run(step) for _ in range(2 + ROUNDS)][2:]

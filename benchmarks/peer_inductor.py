@@ -21,5 +21,7 @@ def default(job: Job) -> Entry:
 
 @rival("compile max-autotune", "torch.compile with max_autotune, in channels_last; frozen for inference")
 def max_autotune(job: Job) -> Entry:
+    if job.mode == "train" and not job.x.is_cuda:
+        raise NotImplementedError("in training on a CPU it has nothing to tune")
     options = {"max_autotune": True, "coordinate_descent_tuning": job.x.is_cuda}
     return _compiled(job, **options, **({"freezing": True} if job.mode == "infer" else {}))

@@ -192,7 +192,7 @@ def test_a_failing_step_is_red_and_stops_nothing(tmp_path: Path) -> None:
         pytest.skip("there is a GPU: this part has other steps there")
     assert done.returncode == 1
     assert "FAILED: exit code 3" in done.stdout
-    assert "1 of 1 steps are red" in (out / "summary.md").read_text()
+    assert "1 of 2 steps are red" in (out / "summary.md").read_text()
 
 
 @needs_bash
