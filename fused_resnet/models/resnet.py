@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from fused_resnet import dispatch
+from fused_resnet.models.common import DeepStem, PlainBlock, check_options, dilations, make_shortcut, prepare_blocks
 from fused_resnet.models.weights import load_weights
 from fused_resnet.modules import BasicBlock, Bottleneck, FusedModule, Units, call_reason, is_watched, run_blocks
 from fused_resnet.ops.checks import is_traced
-from fused_resnet.plans import MEMORY
 
 
 class ResNet(FusedModule):
@@ -33,6 +33,12 @@ class ResNet(FusedModule):
         replace_stride_with_dilation: for stages 2 to 4, whether a dilation takes the stride's place.
         norm_layer: called with a number of channels; anything but nn.BatchNorm2d runs unfused.
         in_channels: channels of the input images.
+        shortcut: where the shape changes "A" pads with zeros, "B" projects by a 1x1 conv and BN; "C" projects
+            everywhere; "none": a plain network (BasicBlock alone).
+        stem: "7x7", or "deep": three 3x3 convs (ResNet-C and -D).
+        pooled_shortcut: projections average-pool before a 1x1 conv without stride (ResNet-D).
+        residual_scale: None, or where to start each block's learnable scale: relu(scale * f(x) + shortcut).
+        output_stride: 8 or 16: dilations in place of the last strides (bottlenecks alone); None or 32: none.
         memory: what training keeps for the backward pass. "fast": raw and rectified conv outputs, as torch does.
             "balanced": as "fast", but blocks that `fused_resnet.plans` gives the Gram form keep neither the rectified
             outputs nor the wide raw one. "low": block inputs and statistics alone; the convs are computed again. The
@@ -51,22 +57,37 @@ class ResNet(FusedModule):
         norm_layer: Callable[..., nn.Module] | None = None,
         *,
         in_channels: int = 3,
+        shortcut: str = "B",
+        stem: str = "7x7",
+        pooled_shortcut: bool = False,
+        residual_scale: float | None = None,
+        output_stride: int | None = None,
         memory: str = "balanced",
     ) -> None:
         super().__init__()
-        dilate = tuple(replace_stride_with_dilation or (False, False, False))
+        dilate = dilations(output_stride, replace_stride_with_dilation)
         if len(dilate) != 3:
             raise ValueError(f"replace_stride_with_dilation must be None or three bools, got {dilate}")
         if len(layers) != 4:
             raise ValueError(f"layers must be four numbers of blocks, got {layers!r}")
-        if memory not in MEMORY:
-            raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
+        check_options(shortcut, memory, residual_scale)
+        if stem not in ("7x7", "deep"):
+            raise ValueError(f"stem must be '7x7' or 'deep', got {stem!r}")
+        if shortcut == "none":
+            if block is not BasicBlock:
+                raise ValueError(f"a plain network has BasicBlock's convs, got {block.__name__}")
+            block = PlainBlock
+        self._shortcut, self._pooled = shortcut, pooled_shortcut
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self.inplanes = 64
         self.dilation = 1
         self.groups = groups
         self.base_width = width_per_group
-        self.conv1 = nn.Conv2d(in_channels, self.inplanes, 7, 2, 3, bias=False)
+        self.conv1: nn.Module
+        if stem == "deep":
+            self.conv1 = DeepStem(in_channels, self.inplanes, self._norm_layer)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, self.inplanes, 7, 2, 3, bias=False)
         self.bn1 = self._norm_layer(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
@@ -77,9 +98,7 @@ class ResNet(FusedModule):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
         self._initialise(zero_init_residual)
-        for module in self.modules():
-            if isinstance(module, (BasicBlock, Bottleneck)):
-                module.memory = memory
+        prepare_blocks(self.modules(), memory, residual_scale)
 
     def _make_layer(
         self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
@@ -89,17 +108,15 @@ class ResNet(FusedModule):
             self.dilation *= stride
             stride = 1
         width = planes * block.expansion
-        downsample = None
-        if stride != 1 or self.inplanes != width:
-            downsample = nn.Sequential(nn.Conv2d(self.inplanes, width, 1, stride, bias=False), self._norm_layer(width))
         stage: list[nn.Module] = []
         for index in range(blocks):
+            step = stride if index == 0 else 1
             stage.append(
                 block(
                     self.inplanes,
                     planes,
-                    stride if index == 0 else 1,
-                    downsample if index == 0 else None,
+                    step,
+                    make_shortcut(self._shortcut, self.inplanes, width, step, self._norm_layer, self._pooled),
                     self.groups,
                     self.base_width,
                     first_dilation if index == 0 else self.dilation,
@@ -164,9 +181,66 @@ def _build(
             raise TypeError(f"{name}: give `weights` or `pretrained`, not both")
         pretrained = kwargs.pop("pretrained", weights)
         weights = "IMAGENET1K_V1" if pretrained else None
-    if weights is None:
-        return ResNet(block, layers, **kwargs)
-    return load_weights(name, lambda: ResNet(block, layers, **kwargs), weights, progress)
+    features, out_indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+    if out_indices is not None and not features:
+        raise TypeError(f"{name}: out_indices goes with features_only=True")
+    net = ResNet(block, layers, **kwargs) if weights is None else None
+    net = net or load_weights(name, lambda: ResNet(block, layers, **kwargs), weights, progress)
+    return _build_features(name, net, range(5) if out_indices is None else out_indices) if features else net
+
+
+def _build_features(name: str, net: ResNet, out_indices: Sequence[int]) -> ResNetFeatures:
+    try:
+        return ResNetFeatures(net, out_indices)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+class ResNetFeatures(ResNet):
+    """The feature maps of a ResNet's stages, without what comes after the last one asked for.
+
+    Keys of the state dict are those of the network. `channels` and `reductions` tell, for each map, its channels and
+    by how much it is smaller than the image.
+
+    Args:
+        net: the network; its modules are shared, not copied.
+        out_indices: which maps, ascending: 0 the stem's (before the max pool), 1 to 4 the stages'.
+    """
+
+    def __init__(self, net: ResNet, out_indices: Sequence[int] = (0, 1, 2, 3, 4)) -> None:
+        FusedModule.__init__(self)
+        indices = tuple(out_indices)
+        if not indices or list(indices) != sorted({*indices} & {*range(5)}):
+            raise ValueError(f"out_indices must be ascending numbers of 0 to 4, got {indices}")
+        self.out_indices = indices
+        for name in ("conv1", "bn1", "relu", "maxpool", *(f"layer{i}" for i in range(1, indices[-1] + 1))):
+            self.add_module(name, getattr(net, name))
+        channels, reductions = [cast(nn.BatchNorm2d, net.bn1).num_features], [2]
+        reduction = 4
+        for i in range(1, indices[-1] + 1):
+            blocks = cast(nn.Sequential, getattr(net, f"layer{i}"))
+            reduction *= cast(Any, blocks[0]).stride if i > 1 else 1
+            last = cast(Any, blocks[-1])
+            channels.append((last.conv3 if isinstance(last, Bottleneck) else last.conv2).out_channels)
+            reductions.append(reduction)
+        self.channels = tuple(channels[i] for i in indices)
+        self.reductions = tuple(reductions[i] for i in indices)
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """Images (N, in_channels, H, W) to a list of (N, channels[i], ~H / reductions[i], ~W / reductions[i])."""
+        usual = self._fused and not isinstance(x, Proxy) and x.dim() == 4 and call_reason() is None
+        if usual and dispatch.prefers_channels_last(x):
+            x = x.contiguous(memory_format=torch.channels_last)
+        maps = []
+        x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
+        if 0 in self.out_indices:
+            maps.append(x)
+        x = self.maxpool(x)
+        for i in range(1, self.out_indices[-1] + 1):
+            x = getattr(self, f"layer{i}")(x)
+            if i in self.out_indices:
+                maps.append(x)
+        return maps
 
 
 _DOC = """{title}
@@ -176,7 +250,8 @@ _DOC = """{title}
             state dict, or a state dict. Files are read with weights_only=True.
         progress: show a progress bar while downloading.
         kwargs: as `ResNet`: num_classes, in_channels, zero_init_residual, groups, width_per_group,
-            replace_stride_with_dilation, norm_layer, memory.
+            replace_stride_with_dilation, norm_layer, shortcut, stem, pooled_shortcut, residual_scale, output_stride,
+            memory. features_only=True gives a `ResNetFeatures` of out_indices (all: 0 to 4).
 
     Raises:
         ValueError: the weights do not fit the model; the message names both sides.
@@ -244,3 +319,19 @@ def wide_resnet50_2(weights: Any = None, progress: bool = True, **kwargs: Any) -
 def wide_resnet101_2(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
     kwargs = {"width_per_group": 128} | kwargs
     return _build("wide_resnet101_2", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+
+
+@_document("ResNet-50-D (deep stem, pooled projections; keys as timm's resnet50d): 25.6 M parameters, 4.4 GFLOPs.")
+def resnet50d(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    kwargs = {"stem": "deep", "pooled_shortcut": True} | kwargs
+    return _build("resnet50d", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+@_document("The plain network of 18 layers (ResNet-18 without shortcuts): 11.5 M parameters, 1.8 GFLOPs.")
+def plain_net18(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    return _build("plain_net18", BasicBlock, (2, 2, 2, 2), weights, progress, {"shortcut": "none"} | kwargs)
+
+
+@_document("The plain network of 34 layers (ResNet-34 without shortcuts): 21.6 M parameters, 3.6 GFLOPs.")
+def plain_net34(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    return _build("plain_net34", BasicBlock, (3, 4, 6, 3), weights, progress, {"shortcut": "none"} | kwargs)
