@@ -2,7 +2,7 @@
 
 from fused_resnet import ops
 from fused_resnet._version import __version__
-from fused_resnet.convert import refresh, restore
+from fused_resnet.convert import fuse, refresh, restore
 from fused_resnet.dispatch import BackendUnavailableError, backend_table, set_backend, use_backend
 from fused_resnet.export import to_onnx, to_plain, to_pt2
 from fused_resnet.models.cifar import (
@@ -80,6 +80,7 @@ __all__ = [
     "cifar_resnet110",
     "cifar_resnet1202",
     "convert_sync_batchnorm",
+    "fuse",
     "ops",
     "plain_cifar_net20",
     "plain_cifar_net32",

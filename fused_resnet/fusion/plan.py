@@ -1,0 +1,167 @@
+"""From a model to the scopes that will be fused: nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from fused_resnet.fusion.match import Matched, Matcher
+from fused_resnet.fusion.norms import looks_like_norm, norm_kind
+from fused_resnet.fusion.scope import FusedScope, Fusion, make_variant
+from fused_resnet.fusion.trace import CannotFollow, Input, Traced, child, follow, has_hooks, is_sequential, origin_of
+from fused_resnet.fusion.units import Unit, function_of, make_unit
+from fused_resnet.modules import AddReLU, BNAct, FusedModule
+
+_COPIES = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__")
+
+
+class Planned(NamedTuple):
+    """A module at `path` whose forward holds `units`."""
+
+    path: str
+    scope: nn.Module
+    fusion: Fusion
+    units: tuple[Unit, ...]
+
+
+class Plan(NamedTuple):
+    """What to swap in, and each batch norm of no unit with the reason."""
+
+    scopes: list[Planned]
+    skipped: list[tuple[str, str]]
+
+
+def plan_model(model: nn.Module) -> Plan:
+    """Analyse the model as it stands: its structure, hooks and modes."""
+    scopes: list[Planned] = []
+    reasons: dict[int, str] = {}
+    taken: set[int] = set()  # ids of norms in units, and of containers that a parent runs through
+    ours: set[int] = set()
+    calls: dict[int, dict[tuple[Input, ...] | None, None]] = {}  # how the graphs above call a module
+    for path, module in model.named_modules():
+        if isinstance(module, (FusedModule, BNAct, AddReLU)) and not isinstance(module, FusedScope):
+            ours.update(id(m) for m in module.modules() if m is module or looks_like_norm(m))
+        if id(module) in taken or not _may_be_a_scope(module):
+            continue
+        try:
+            planned, traced, matched = _plan_scope(path, module, list(calls.get(id(module), {None: None})))
+        except CannotFollow as error:
+            for norm in _norms_of(module):
+                reasons.setdefault(id(norm), f"{path or type(module).__name__}'s forward {error}")
+            continue
+        for called, signature in traced.calls:
+            calls.setdefault(id(child(module, called)), {})[signature] = None
+        for name, reason in matched.skipped.items():
+            reasons[id(child(module, name))] = reason
+        if planned is not None:
+            scopes.append(planned)
+            taken.update(id(child(module, name)) for name in traced.inlined)
+            taken.update(id(child(module, unit.norm)) for unit in planned.units if unit.norm is not None)
+    skipped = [
+        (path, reasons.get(id(module), "no forward that could be followed calls it"))
+        for path, module in model.named_modules()
+        if looks_like_norm(module) and id(module) not in taken and id(module) not in ours
+    ]
+    return Plan(scopes, skipped)
+
+
+def _may_be_a_scope(module: nn.Module) -> bool:
+    if not module._modules or norm_kind(module) is not None or isinstance(module, torch.jit.ScriptModule):
+        return False
+    if isinstance(module, (FusedModule, BNAct, AddReLU)) and not isinstance(module, FusedScope):
+        return False
+    kind: Any = origin_of(type(module))
+    return kind.forward is nn.Sequential.forward or not kind.__module__.startswith("torch.")
+
+
+def _norms_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The norms that a module calls itself, or through containers."""
+    for part in module._modules.values():
+        if part is None:
+            continue
+        if looks_like_norm(part):
+            yield part
+        elif isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            yield from _norms_of(part)
+
+
+def _inlines(module: nn.Module) -> bool:
+    """Whether a parent's graph runs through a container: where what it ends in may join what follows."""
+    if not is_sequential(module) or has_hooks(module) or not module._modules:
+        return False
+    last = list(module._modules.values())[-1]
+    return last is not None and (type(last) is nn.Conv2d or norm_kind(last) is not None or _inlines(last))
+
+
+def _plan_scope(
+    path: str, module: nn.Module, signatures: list[tuple[Input, ...] | None]
+) -> tuple[Planned | None, Traced, Matched]:
+    kind = origin_of(type(module))
+    own = [name for name in _COPIES if getattr(kind, name, None) is not getattr(nn.Module, name, None)]
+    if own:
+        raise CannotFollow(f"belongs to a class with a {own[0]} of its own")
+    if "forward" in module.__dict__:
+        raise CannotFollow("is replaced on the instance")
+    variants, first = [], None
+    for signature in signatures[:_MOST_SIGNATURES]:
+        traced = follow(module, _inlines, signature)
+        variant, units, matched = _variant(module, traced)
+        variants.append(variant)
+        first = first or (traced, units, matched)
+        flipped = _other_mode(module, traced, signature)
+        if flipped is not None:
+            variants.append(_variant(module, flipped)[0])
+    assert first is not None
+    traced, units, matched = first
+    if not any(variant.units for variant in variants):
+        return None, traced, matched
+    return Planned(path, module, Fusion(tuple(variants)), units), traced, matched
+
+
+_MOST_SIGNATURES = 4
+
+
+def _other_mode(module: nn.Module, traced: Traced, signature: tuple[Input, ...] | None) -> Traced | None:
+    """The forward in the other of training and evaluation, where it reads which it is."""
+    modules = [child(module, guard.path) for guard in traced.guards if guard.name == "training"]
+    if not modules:
+        return None
+    try:
+        for m in modules:
+            m.__dict__["training"] = not m.training
+        return follow(module, _inlines, signature)
+    except CannotFollow:
+        return None
+    finally:
+        for m in modules:
+            m.__dict__["training"] = not m.training
+
+
+def _variant(module: nn.Module, traced: Traced) -> tuple:
+    """(generated forward, its units, what was matched)."""
+    graph = traced.graph
+    matched = Matcher(module, graph).match()
+    units: dict[str, Unit] = {}
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        scope = graph.placeholder("scope")
+    made = [make_unit(chain, module) for chain in matched.chains]
+    replaced: dict[fx.Node, fx.Node] = {}
+    for index, (chain, unit) in enumerate(zip(matched.chains, made, strict=True)):
+        last = chain.nodes[-1]
+        function = function_of(unit)
+        function.__name__ = f"{function.__name__}_{index}"
+        function.__module__ = "fused_resnet.fusion.units"
+        units[function.__name__] = unit
+        values = [replaced.get(v, v) for v in (chain.value, chain.residual) if v is not None]
+        with graph.inserting_before(last):
+            fused = graph.call_function(function, (scope, *values))
+        replaced[last] = fused
+        last.replace_all_uses_with(fused)
+        for node in reversed(chain.nodes):
+            graph.erase_node(node)
+    graph.lint()
+    return make_variant(traced, graph, units), tuple(made), matched
