@@ -86,7 +86,8 @@ def _attempt(result: Agreement, compute: Callable[[], T]) -> T | None:
 @torch.no_grad()
 def _logits(job: Job, entry: Entry, crops: Tensor) -> Tensor:
     with job.autocast():
-        parts = [entry.net(entry.images(chunk.to(job.x.device))).float() for chunk in crops.split(CHUNK)]
+        x = crops.to(job.x.device, job.dtype if job.cast else None)
+        parts = [entry.net(entry.images(chunk)).float() for chunk in x.split(CHUNK)]
     return torch.cat(parts).cpu()
 
 

@@ -70,7 +70,7 @@ tool() { command -v "$2" >/dev/null || { skip "$1" "no $2 here"; return 1; }; }
 
 build() {
     if tool "extension" ninja; then
-        step "extension" 560 env FUSED_RESNET_REQUIRE_EXT=1 ${CC:+TORCH_CUDA_ARCH_LIST="${CC%?}.${CC: -1}"} \
+        step "extension" 500 env FUSED_RESNET_REQUIRE_EXT=1 ${CC:+TORCH_CUDA_ARCH_LIST="${CC%?}.${CC: -1}"} \
             "$PYTHON" setup.py build_ext --inplace
     fi
     step "info" 60 "$PYTHON" -m fused_resnet info
