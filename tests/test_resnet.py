@@ -839,3 +839,81 @@ def test_update_bn_and_averaged_models(torchvision: ModuleType) -> None:
         update_bn(batches, averaged)
         outputs.append(infer(averaged.eval(), batches[0]))
     assert_same("output", *outputs)
+
+
+# The stem: BN, ReLU and max pool as one op, but for inference
+
+STEM = {  # mode: (training, gradients, the primitives that it runs)
+    "training": (True, True, {"bn_act_pool_train_forward", "bn_act_pool_backward"}),
+    "batch statistics alone": (True, False, {"bn_act_pool_train_forward"}),
+    "frozen statistics": (False, True, {"bn_act_pool_eval_forward", "bn_act_pool_backward"}),
+    "inference": (False, False, set()),
+}
+
+
+@pytest.mark.parametrize("mode", STEM)
+def test_stem(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    training, gradients, expected = STEM[mode]
+    model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES).double()
+    randomise(model)
+    results = []
+    for ours in (model.train(training), fr.restore(copy.deepcopy(model.train(training)))):
+        with torch.set_grad_enabled(gradients), primitives(monkeypatch) as ran:
+            out = ours(images(3, 3, 45, 39, dtype=torch.float64))
+            if gradients:
+                out.square().sum().backward()
+        pooled = {primitive for primitive in ran if primitive.startswith("bn_act_pool")}
+        assert pooled == (expected if ours is model else set())
+        found = {"output": out.detach(), "mean": ours.bn1.running_mean, "batches": ours.bn1.num_batches_tracked}
+        parameters = (ours.conv1.weight, ours.bn1.weight, ours.bn1.bias)
+        results.append(found | ({str(i): p.grad for i, p in enumerate(parameters)} if gradients else {}))
+    for name in results[0]:
+        assert_same(name, results[0][name], results[1][name], 1e-10)
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d(3, 2, 1, 2), nn.Identity()], ids=repr
+)
+def test_stem_with_another_pool(monkeypatch: pytest.MonkeyPatch, pool: nn.Module) -> None:
+    model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
+    model.maxpool = pool
+    with primitives(monkeypatch) as ran:
+        assert_trains_as(model, fr.restore(copy.deepcopy(model)))
+    assert "bn_act_pool_train_forward" not in ran
+    assert ran["bn_act_train_forward"]
+
+
+@pytest.mark.parametrize("name", ["conv1", "bn1", "relu", "maxpool"])
+def test_hooks_on_the_stem(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES).double()
+    seen: list[list[Tensor]] = []
+    for ours in (model, fr.restore(copy.deepcopy(model))):
+        seen.append([])
+        ours.get_submodule(name).register_forward_hook(
+            lambda _, inputs, out, seen=seen[-1]: seen.extend((inputs[0].detach().clone(), out.detach().clone()))
+        )
+        with primitives(monkeypatch) as ran:
+            ours(images(dtype=torch.float64)).sum().backward()
+        assert not any(primitive.startswith("bn_act_pool") for primitive in ran)
+    assert len(seen[0]) == 2
+    if name == "bn1":  # relu works in place
+        del seen[0][1], seen[1][1]
+    for ours, plain in zip(*seen, strict=True):
+        assert_same(name, ours, plain)
+
+
+def test_the_stem_keeps_one_byte_per_window() -> None:
+    """Beside the image and the conv's output: no rectified tensor, no 64-bit indices."""
+    model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x = images(2, 3, 64, 64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model._stem(x)
+    windows, image, conv_output = out.numel(), x.nbytes, 2 * 64 * 32 * 32 * 4
+    large = sorted(size for size in kept.values() if size > 4096 and size != model.conv1.weight.nbytes)
+    assert large == sorted((windows, image, conv_output))

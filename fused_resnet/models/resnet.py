@@ -13,12 +13,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn import functional as F
 
-from fused_resnet import dispatch
+from fused_resnet import dispatch, ops
 from fused_resnet.models.common import DeepStem, PlainBlock, check_options, dilations, make_shortcut, prepare_blocks
 from fused_resnet.models.weights import load_weights
-from fused_resnet.modules import BasicBlock, Bottleneck, FusedModule, Units, call_reason, is_watched, run_blocks
-from fused_resnet.ops.checks import is_traced
+from fused_resnet.modules import (
+    BasicBlock,
+    Bottleneck,
+    FusedModule,
+    Units,
+    _batch_momentum,
+    _running,
+    _uses_batch_statistics,
+    call_reason,
+    is_watched,
+    run_blocks,
+    unfused_reason,
+)
+from fused_resnet.ops.checks import is_traced, needs_grad
+from fused_resnet.ops.conv_bias_act import check_conv
 
 
 class ResNet(FusedModule):
@@ -144,6 +158,35 @@ class ResNet(FusedModule):
     def units(self) -> Units:
         return {"conv1": (self.conv1, self.bn1, self.relu)}
 
+    def _stem(self, x: Tensor) -> Tensor:
+        """maxpool(relu(bn1(conv1(x)))), all after the conv in one pass; in inference BN and ReLU belong to the conv."""
+        if self._pools_at_once(x):
+            conv, bn = cast(nn.Conv2d, self.conv1), cast(nn.BatchNorm2d, self.bn1)
+            if _uses_batch_statistics(bn) or needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias):
+                geometry, _ = check_conv(
+                    "conv1", x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+                )
+                return ops.bn_act_pool(
+                    F.conv2d(x, conv.weight, conv.bias, *geometry),
+                    bn.weight,
+                    bn.bias,
+                    *_running(bn),
+                    training=_uses_batch_statistics(bn),
+                    momentum=_batch_momentum(bn),
+                    eps=bn.eps,
+                )
+        return self.maxpool(self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu))
+
+    def _pools_at_once(self, x: Tensor) -> bool:
+        """Whether bn_act_pool may stand for bn1, relu and maxpool: each is what it should be, and nobody watches it."""
+        pool = self.maxpool
+        if not self._fused or isinstance(x, Proxy) or x.dim() != 4 or unfused_reason(self.conv1, self.bn1, self.relu):
+            return False
+        if type(pool) is not nn.MaxPool2d or is_watched(pool) or pool.ceil_mode or pool.return_indices:
+            return False
+        geometry = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        return geometry == (3, 2, 1, 1) and dispatch.is_fused("bn_act_pool", x.device.type)
+
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, in_channels, H, W), NCHW or channels_last, to logits (N, num_classes)."""
         return self._forward_impl(x)
@@ -157,8 +200,7 @@ class ResNet(FusedModule):
             and dispatch.prefers_channels_last(x)
         ):
             x = x.contiguous(memory_format=torch.channels_last)  # once, here: every block keeps the layout
-        x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
-        x = self.maxpool(x)
+        x = self._stem(x)
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
         if self._fused and not torch.is_grad_enabled() and not is_traced(x) and call_reason() is None:
             x = run_blocks(stages, x, overwrite=type(self.maxpool) is nn.MaxPool2d and not is_watched(self.maxpool))
@@ -232,10 +274,12 @@ class ResNetFeatures(ResNet):
         if usual and dispatch.prefers_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
         maps = []
-        x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
         if 0 in self.out_indices:
+            x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
             maps.append(x)
-        x = self.maxpool(x)
+            x = self.maxpool(x)
+        else:
+            x = self._stem(x)
         for i in range(1, self.out_indices[-1] + 1):
             x = getattr(self, f"layer{i}")(x)
             if i in self.out_indices:
