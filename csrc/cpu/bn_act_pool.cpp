@@ -24,8 +24,9 @@ struct Pool {
     lanes = shape.rows ? shape.c : 1;
   }
 
-  int64_t row() const { return w * lanes; }      // elements in a row of x
+  int64_t row() const { return w * lanes; }  // elements in a row of x
   int64_t out_row() const { return q * lanes; }
+  int64_t out_numel() const { return shape.n * shape.c * p * q; }
   std::array<int64_t, 4> out_size() const { return {shape.n, shape.c, p, q}; }
   std::array<int64_t, 4> out_stride() const {
     const int64_t c = shape.c, image = c * p * q;
@@ -197,13 +198,17 @@ template <typename T>
 struct Windows { const T* grad; const uint8_t* offsets; bool none; };
 
 // The gradient of act's output in two rows of 2Q pixels, from the row of windows between them and the one below.
+//
+// To the right of a plane's last window the next row's first is read, which never picks the column on its left: that is
+// padding. `end`: nothing lies behind these rows in memory.
 template <typename T>
-FR_CLONES void unpool_rows(const Pool& s, Windows<T> here, Windows<T> below, Windows<T> none, acc_t<T>* even,
+FR_CLONES void unpool_rows(const Pool& s, Windows<T> here, Windows<T> below, Windows<T> none, bool end, acc_t<T>* even,
                            acc_t<T>* odd) {
   if (s.lanes == 1) {
-    const int64_t n = s.q - 1;
+    const int64_t n = end ? s.q - 1 : s.q;
     quads<T, true>(n, here.grad, here.grad + 1, below.grad, below.grad + 1, here.offsets, here.offsets + 1, below.offsets,
                    below.offsets + 1, even, nullptr, odd, nullptr);
+    if (!end) return;
     return quads<T, true>(1, here.grad + n, none.grad, below.grad + n, none.grad, here.offsets + n, none.offsets,
                           below.offsets + n, none.offsets, even + 2 * n, nullptr, odd + 2 * n, nullptr);
   }
@@ -226,10 +231,10 @@ class Unpooled {
 
  public:
   Unpooled(const Pool& s, const T* grad, const uint8_t* offsets)
-      : s_(s), grad_(grad), offsets_(offsets), rows_(scratch<A>(4 * s.out_row())), zeros_(scratch<T>(s.out_row())),
-        nowhere_(scratch<uint8_t>(s.out_row())) {
-    std::fill_n(zeros_.get(), s.out_row(), T{});
-    std::fill_n(nowhere_.get(), s.out_row(), uint8_t{255});
+      : s_(s), grad_(grad), offsets_(offsets), rows_(scratch<A>(4 * s.out_row())), zeros_(scratch<T>(s.out_row() + 1)),
+        nowhere_(scratch<uint8_t>(s.out_row() + 1)) {
+    std::fill_n(zeros_.get(), s.out_row() + 1, T{});
+    std::fill_n(nowhere_.get(), s.out_row() + 1, uint8_t{255});
   }
 
   // f(offset of a row in x, its gradient) for the one or two rows 2p, 2p + 1 of an image.
@@ -237,8 +242,9 @@ class Unpooled {
   void rows(int64_t image, int64_t p, const F& f) {
     const Windows<T> none{zeros_.get(), nowhere_.get(), true};
     const int64_t i = (image * s_.p + p) * s_.out_row(), size = 2 * s_.out_row();
+    const bool end = i + (p + 1 < s_.p ? size : s_.out_row()) == s_.out_numel();
     const Windows<T> below = p + 1 < s_.p ? Windows<T>{grad_ + i + s_.out_row(), offsets_ + i + s_.out_row(), false} : none;
-    unpool_rows<T>(s_, {grad_ + i, offsets_ + i, false}, below, none, rows_.get(), rows_.get() + size);
+    unpool_rows<T>(s_, {grad_ + i, offsets_ + i, false}, below, none, end, rows_.get(), rows_.get() + size);
     for (int64_t h = 2 * p; h < std::min(2 * p + 2, s_.h); ++h) {
       f((image * s_.h + h) * s_.row(), rows_.get() + h % 2 * size);
     }

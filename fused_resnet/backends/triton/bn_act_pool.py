@@ -226,11 +226,11 @@ def _tile(key: configs.Key, block_c: int, warps: int, programs: int) -> configs.
 
 
 def _default(target: configs.Target, key: configs.Key) -> configs.Config:
-    return _tile(key, 64 if key[0] else 8, 8, bn_act.PROGRAMS)
+    return _tile(key, 64, 8, bn_act.PROGRAMS) if key[0] else _tile(key, 8, 4, bn_act.PROGRAMS)
 
 
 def _candidates(target: configs.Target, key: configs.Key) -> list[configs.Config]:
-    shapes = ((64, 8, 4), (64, 4, 4), (32, 4, 4)) if key[0] else ((8, 4, 4), (1, 4, 4))
+    shapes = ((64, 8, 4), (64, 4, 4), (32, 4, 4)) if key[0] else ((8, 8, 4), (1, 4, 4))
     return [_tile(key, *shape) for shape in shapes]
 
 
