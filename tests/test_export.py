@@ -57,6 +57,17 @@ def test_plain_is_torch_nn_alone_and_equal(torchvision: ModuleType, name: str) -
     assert all(module._fused for module in ours.modules() if hasattr(module, "_fused"))
 
 
+@pytest.mark.parametrize("name", ["cifar_resnet20", "plain_cifar_net20", "preact_resnet18", "resnet50d"])
+def test_the_rest_of_the_family(name: str) -> None:
+    """Beside the same network restored; that one is held against published ones elsewhere."""
+    model = getattr(fr, name)(num_classes=3).double().eval()
+    randomise(model)
+    plain, x = to_plain(model), images(2, 3, 64, 64).double()
+    assert relative(infer(plain, x), infer(fr.restore(model), x)) < 1e-12
+    assert {type(module).__module__.partition(".")[0] for module in plain.modules() if module is not plain} == {"torch"}
+    assert len(norms(plain)) == (8 if "preact" in name else 0)  # BN + ReLU before a conv cannot be folded
+
+
 def test_of_a_model_in_training_or_restored_or_plain(torchvision: ModuleType) -> None:
     ours, _ = twins(torchvision)
     expected = to_plain(ours.eval()).state_dict()

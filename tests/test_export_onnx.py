@@ -35,8 +35,7 @@ def assert_runs_as(path: Path, theirs: nn.Module, x: Tensor) -> None:
     assert_close(str(tuple(x.shape)), run(path, x), infer(copy.deepcopy(theirs).to(x.dtype), x), exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["basic", "grouped"])
+@pytest.mark.parametrize(("name", "dtype"), [("basic", torch.float16), ("grouped", torch.float32)])
 def test_any_batch_and_any_size(torchvision: ModuleType, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     ours, theirs = (model.eval() for model in twins(torchvision, name))
     path = to_onnx(ours, images(1, 3, 64, 64), tmp_path / "net.onnx", dynamic_size=True, dtype=dtype)

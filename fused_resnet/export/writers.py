@@ -44,10 +44,9 @@ def to_program(
     example = example.detach().to(parameter.device, parameter.dtype)
     if dynamic_batch and len(example) == 1:
         example = torch.cat([example, example])  # a size of 1 would become a constant
-    bounds = {"batch": batches}
     dynamic = {}
     for d, axis in _dynamic(example, dynamic_batch, dynamic_size).items():
-        least, most = bounds.get(axis, (1, None))
+        least, most = batches if d == 0 else (1, None)
         dynamic[d] = torch.export.Dim(axis, min=least, max=most)
     # Else 1x1 feature maps, which torch treats apart, would be excluded.
     oblivious = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
@@ -57,6 +56,8 @@ def to_program(
             return torch.export.export(plain, (example,), dynamic_shapes=(dynamic or None,))
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
+            if "Constraints violated" in reason:
+                reason = f"not every {' and '.join(axis.__name__ for axis in dynamic.values())} will do; fix the sizes"
             raise ValueError(f"{name}: {type(model).__name__} cannot be exported: {reason}") from error
 
 
