@@ -531,13 +531,14 @@ class _Block(FusedModule):
         if self.downsample is None:
             shortcut = x
         elif self._projection():
-            shortcut = self._conv_bn_act("downsample", x, self.downsample[0], self.downsample[1])  # type: ignore[index]
-            overwrite = unfused_reason(*self.downsample, None) is None  # type: ignore[misc]
+            conv, bn = cast(nn.Sequential, self.downsample)
+            shortcut = self._conv_bn_act("downsample", x, conv, bn)
+            overwrite = unfused_reason(conv, bn, None) is None
         else:
             shortcut, overwrite = self.downsample(x), False
         *first, (last_conv, last_bn) = self._UNITS
-        for conv, bn in first:
-            x = self._conv_bn_act(conv, x, getattr(self, conv), getattr(self, bn), self.relu)
+        for name, norm in first:
+            x = self._conv_bn_act(name, x, getattr(self, name), getattr(self, norm), self.relu)
         last = (getattr(self, last_conv), getattr(self, last_bn), self.relu)
         return self._conv_bn_act(last_conv, x, *last, shortcut, self.residual_scale, overwrite)
 

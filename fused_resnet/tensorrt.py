@@ -145,8 +145,8 @@ def register_converters() -> None:
         )
 
     def normalise(ctx: Any, target: Any, name: str, x: Any, vectors: Any, eps: float) -> Any:
-        mean = vectors[2]
-        scale, shift = fold(torch.ones_like(mean), None, *vectors, eps)
+        gamma, beta, mean, var = vectors
+        scale, shift = fold(torch.ones_like(mean), None, gamma, beta, mean, var, eps)
         return impl.normalization.batch_norm(
             ctx,
             target,

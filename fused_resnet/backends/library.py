@@ -109,7 +109,7 @@ def conv_bias_act_onto_residual(
     the convolution."""
     if x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
         return conv_bias_act_forward(x, weight, bias, residual, stride, padding, dilation, groups, activation)
-    args = (weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], None)
+    args: tuple[Any, ...] = (weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], None)
     return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *args)
 
 
