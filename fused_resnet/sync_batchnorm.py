@@ -28,6 +28,6 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         return SyncBatchNorm.of(model, process_group)
     for name, child in model.named_children():
         setattr(model, name, convert_sync_batchnorm(child, process_group))
-    if isinstance(model, nn.modules.batchnorm._BatchNorm) and not isinstance(model, SyncBatchNorm):
+    if isinstance(model, nn.modules.batchnorm._BatchNorm) and not isinstance(model, (SyncBatchNorm, nn.SyncBatchNorm)):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group)
     return model
