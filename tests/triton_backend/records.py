@@ -67,12 +67,6 @@ def is_stale(suite: str, target: str, version: str) -> bool:
     return read(suite).get(f"{target} triton-{version}", {}).get("source") != source_hash(suite)
 
 
-def stale(suite: str) -> list[str]:
-    """What `records/<suite>.json` lacks, or has from another source."""
-    every = itertools.product(TARGETS, TRITONS)
-    return [f"{target} triton-{version}" for target, version in every if is_stale(suite, target, version)]
-
-
 def summary(source: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     kernels: dict[str, dict[str, int]] = {}
     for row in rows:
