@@ -21,7 +21,7 @@ ifeq ($(FUSED_RESNET_NO_EXT),)
 export FUSED_RESNET_REQUIRE_EXT ?= $(if $(shell command -v c++),1,0)
 endif
 
-.PHONY: help bench bench-all test lint wheel test-install test-abi test-export test-tensorrt clean FORCE
+.PHONY: test-distributed help bench bench-all test lint degradation wheel test-install test-abi test-export test-tensorrt clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -58,6 +58,12 @@ test-export: $(STAMPS)/peers $(STAMPS)/extension ## every network of the family 
 
 test-tensorrt: $(STAMPS)/tensorrt ## the real converters and engine builder of TensorRT; no GPU needed
 	$(TRT)/bin/python -m pytest -o addopts= -p no:cacheprovider -v tests/tensorrt $(PYTEST_ARGS)
+
+degradation: $(STAMPS)/bench $(STAMPS)/extension ## plain against residual networks by depth: a table and degradation.png
+	$(BIN)/python examples/degradation.py
+
+test-distributed: $(STAMPS)/test $(STAMPS)/extension ## torchrun: four processes, FSDP2, a process that dies
+	$(BIN)/python -m pytest -o addopts= -v tests/distributed $(PYTEST_ARGS)
 
 clean: ## what was built and cached; not $(VENV)
 	rm -rf build dist *.egg-info fused_resnet/_C*.so fused_resnet/_build_info.json $(STAMPS)

@@ -231,6 +231,23 @@ def bench_all(args: argparse.Namespace) -> int:
     return load_benchmarks("bench_all").run(**{name: value for name, value in vars(args).items() if name != "run"})
 
 
+# train
+
+
+def load_train_arguments(command: argparse.ArgumentParser) -> None:
+    from fused_resnet.train.arguments import add_arguments
+
+    add_arguments(command)
+
+
+def train(args: argparse.Namespace) -> int:
+    from fused_resnet.train.arguments import settings
+    from fused_resnet.train.loop import train
+
+    train(settings(args))
+    return 0
+
+
 # arguments
 
 
@@ -322,6 +339,10 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", parents=[common], help="does fused equal unfused? exit code 1 if not")
     command.add_argument("--train", action="store_true", help="compare a training step instead of inference")
     command.set_defaults(run=verify)
+
+    command = commands.add_parser("train", help="train a network on a folder of images or a built-in data set")
+    load_train_arguments(command)
+    command.set_defaults(run=train)
 
     command = commands.add_parser("bench", parents=[common], help="parity, then the speed beside unfused rivals")
     add = command.add_argument

@@ -78,7 +78,7 @@ class _PreActBlock(_PreActModule):
         a = x if bn1 is None else self._bn_act(x, bn1)
         shortcut = x if self.downsample is None else self.downsample(a)
         for name, (conv, bn, act) in self.units().items():
-            a = self._conv_bn_act(name, a, conv, cast(nn.Module, bn), act)
+            a = self._conv_bn_act(name, a, conv, bn, act)
         return self._last(a, getattr(self, f"conv{self._CONVS}"), shortcut)
 
     def _last(self, a: Tensor, conv: nn.Conv2d, shortcut: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""`fused-resnet train`: data, training loop, checkpoints, logs; on one process or under torchrun."""
