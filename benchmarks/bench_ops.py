@@ -63,16 +63,19 @@ def ops() -> dict[str, Op]:
 
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """float32 products in TF32 where that is asked for, else in full."""
-    settings = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
-    before = [setting.fp32_precision for setting in settings]
+    """float32 products in TF32 where that is asked for, else in full.
+
+    By torch's older switches: once the newer ones are set, torch.compile and torch.export fail to read these.
+    """
+    settings = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [setting.allow_tf32 for setting in settings]
     for setting in settings:
-        setting.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        setting.allow_tf32 = dtype == "tf32"
     try:
         yield
     finally:
         for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
+            setting.allow_tf32 = value
 
 
 def queued(device: torch.device) -> harness.Timer:

@@ -161,14 +161,16 @@ def _is_leaf(op: Op, name: str) -> bool:
 
 
 def leaf_inputs(op: Op, inputs: Inputs, training: bool) -> Inputs:
-    """The inputs, those of `op.leaves` as parameters that want gradients in training; running statistics are a copy."""
+    """The inputs, those of `op.leaves` as leaves that want gradients in training; running statistics are a copy."""
     out = copy.copy(inputs)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             if "running" in name:
                 out[name] = value.clone()
             elif _is_leaf(op, name):
-                out[name] = nn.Parameter(value.detach(), requires_grad=training)
+                # torch.compile compiles anew for each nn.Parameter, so only modules' tensors are such.
+                own = value.detach().requires_grad_(training)
+                out[name] = nn.Parameter(own, requires_grad=training) if "." in name else own
     return out
 
 
