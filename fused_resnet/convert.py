@@ -8,10 +8,9 @@ from fused_resnet.fusion.plan import plan_model
 from fused_resnet.fusion.report import FuseReport
 from fused_resnet.fusion.scope import FusedScope, Fusion, swap_in, swap_out
 from fused_resnet.modules import AddReLU, BNAct, FusedModule
-from fused_resnet.plans import MEMORY
 
 
-def fuse(model: nn.Module, *, memory: str = "balanced") -> FuseReport:
+def fuse(model: nn.Module) -> FuseReport:
     """Run the model's conv + BN (+ add) (+ ReLU) chains as fused ops: in place, and in this instance only.
 
     The forward of each module is followed symbolically. Where a chain is found, and nothing else can see what lies
@@ -22,19 +21,15 @@ def fuse(model: nn.Module, *, memory: str = "balanced") -> FuseReport:
 
     Args:
         model: any module, in any mode. Models of `fused_resnet` are fused already (and, after `restore`, again).
-        memory: what whole blocks keep for the backward pass: see `fused_resnet.ResNet`.
 
     Returns:
         A report: what was fused, and each batch norm that was not, with the reason.
 
     Raises:
-        TypeError, ValueError: the argument is no module, or the memory mode is unknown. The model is as it was, as
-        after any other error.
+        TypeError: the argument is no module. After any error the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}")
-    if memory not in MEMORY:
-        raise ValueError(f"fuse: memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
     plan = plan_model(model)
     before = {id(m): (m, m.__dict__.get("_fusion")) for m in model.modules() if isinstance(m, FusedScope)}
     try:
@@ -43,8 +38,12 @@ def fuse(model: nn.Module, *, memory: str = "balanced") -> FuseReport:
     except BaseException:
         _undo([planned.scope for planned in plan.scopes], before)
         raise
+    planned_ids = {id(planned.scope) for planned in plan.scopes}
     for module in model.modules():
-        if isinstance(module, (FusedModule, BNAct, AddReLU)) and not isinstance(module, FusedScope):
+        if isinstance(module, FusedScope):
+            if id(module) not in planned_ids:  # fused before, and no longer to be
+                swap_out(module)
+        elif isinstance(module, (FusedModule, BNAct, AddReLU)):
             module._fused = True
     fused = [
         (".".join(filter(None, (planned.path, unit.name))), unit.what)

@@ -6,6 +6,7 @@ worse. `exact` is the unfused computation in float64, `torch` the unfused one in
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import statistics
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet.convert import restore, unfused_units
+from fused_resnet.modules import FusedModule
 from fused_resnet.ops.checks import autocast_dtype, is_channels_last
 
 FACTOR = 2.0
@@ -77,10 +79,20 @@ def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, *, granted: f
 
 
 class Report:
-    """What `verify` found: a list of `Comparison` in `rows`; prints as a few lines, the worst first."""
+    """What `verify` found: a list of `Comparison` in `rows`; prints as a few lines, the worst first.
 
-    def __init__(self, rows: list[Comparison], unfused: list[tuple[str, str]], train: bool) -> None:
+    `layers` compares, in the forward pass and in its order, the output of each module that holds fused units.
+    """
+
+    def __init__(
+        self,
+        rows: list[Comparison],
+        unfused: list[tuple[str, str]],
+        train: bool,
+        layers: list[Comparison] | None = None,
+    ) -> None:
         self.rows = rows
+        self.layers = layers or []
         self.unfused = unfused
         self.train = train
 
@@ -96,6 +108,14 @@ class Report:
         )
 
     @property
+    def worst_layer(self) -> Comparison | None:
+        """The first module whose output is outside its budget, or else the one that uses the largest part of it."""
+        failed = [row for row in self.layers if not row.ok]
+        if failed or not self.layers:
+            return failed[0] if failed else None
+        return max(self.layers, key=lambda row: row.ours / (row.budget or 1))
+
+    @property
     def outputs(self) -> list[Comparison]:
         return [row for row in self.rows if row.name.startswith("output")]
 
@@ -106,6 +126,13 @@ class Report:
             f"{sum(row.ok for row in self.rows)} of {len(self.rows)} tensors within the error budget; worst "
             f"{worst.name}: relative error {worst.ours:.2e}, torch's own {worst.torch:.2e}, allowed {worst.budget:.2e}"
         ]
+        layer = self.worst_layer
+        if layer is not None:
+            which = "worst" if self.ok or layer.ok else "first wrong"
+            lines.append(
+                f"  {which} layer {layer.name}: relative error {layer.ours:.2e}, "
+                f"torch's own {layer.torch:.2e}, allowed {layer.budget:.2e}"
+            )
         lines += [f"  {name} runs unfused: {reason}" for name, reason in self.unfused]
         return "\n".join(lines)
 
@@ -138,17 +165,46 @@ def verify(model: nn.Module, x: Tensor, *, train: bool = False, seed: int = 0) -
     plain = restore(copy.deepcopy(model))
     exact = restore(copy.deepcopy(model)).double()
     device = x.device.type
-    ours, theirs = _run(fused, x, train, seed), _run(plain, x, train, seed)
-    with torch.autocast(device, enabled=False):
+    names = [name for name, module in fused.named_modules() if isinstance(module, FusedModule)]
+    with _outputs(fused, names) as our_layers, _outputs(plain, names) as their_layers:
+        ours, theirs = _run(fused, x, train, seed), _run(plain, x, train, seed)
+    with torch.autocast(device, enabled=False), _outputs(exact, names) as true_layers:
         truth = _run(exact, x.double(), train, seed)
     if not truth:
         raise ValueError("verify: the model's output holds no tensor to compare")
     granted = granted_errors(_equally_good(model, x, seed) if train else (), truth)
     rows = [compare(name, ours[name], theirs[name], truth[name], granted=granted[name]) for name in truth]
-    report = Report(rows, unfused_units(fused.train(train)), train)
+    layers = [
+        compare(name, our_layers[name], their_layers[name], true_layers[name])
+        for name in true_layers
+        if name in our_layers and name in their_layers
+    ]
+    report = Report(rows, unfused_units(fused.train(train)), train, layers)
     if not report.ok:
         raise ParityError(str(report), report)
     return report
+
+
+@contextlib.contextmanager
+def _outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of the named modules, by their last call, in the order of the calls."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, out: Any) -> None:
+        if isinstance(out, Tensor):
+            found.pop(name, None)
+            found[name] = out.detach().clone()
+
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_hook(lambda module, args, out, name=name: keep(name or "the model", out))
+        for name in names
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def granted_errors(alternatives: Iterable[dict[str, Tensor]], truth: dict[str, Tensor]) -> dict[str, float]:

@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fused_resnet.fusion.guards import child, has_hooks
 from fused_resnet.fusion.norms import looks_like_norm, norm_kind, own_act
-from fused_resnet.fusion.trace import child, has_hooks
 
 _ADDS = {operator.add, operator.iadd, torch.add}
 _RELUS = {F.relu, torch.relu, torch.relu_, F.relu_}

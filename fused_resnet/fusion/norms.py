@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fused_resnet.fusion.trace import has_hooks, origin_of
+from fused_resnet.fusion.guards import has_hooks, origin_of
 from fused_resnet.modules import _batch_momentum, _running, _uses_batch_statistics
 
 _TORCH = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}

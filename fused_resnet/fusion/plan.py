@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from fused_resnet.fusion.guards import CannotFollow, child, has_hooks, is_sequential, origin_of
+from fused_resnet.fusion.inputs import Input
 from fused_resnet.fusion.match import Matched, Matcher
 from fused_resnet.fusion.norms import looks_like_norm, norm_kind
 from fused_resnet.fusion.scope import FusedScope, Fusion, make_variant
-from fused_resnet.fusion.trace import CannotFollow, Input, Traced, child, follow, has_hooks, is_sequential, origin_of
+from fused_resnet.fusion.trace import Traced, follow
 from fused_resnet.fusion.units import Unit, function_of, make_unit
 from fused_resnet.modules import AddReLU, BNAct, FusedModule
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet._version import __version__
-from fused_resnet.fusion.trace import Guard, Input, Traced, guards_hold, origin_of
+from fused_resnet.fusion.guards import Guard, guards_hold, origin_of
+from fused_resnet.fusion.inputs import Input
+from fused_resnet.fusion.trace import Traced
 from fused_resnet.fusion.units import Unit, function_of, static_reason
 from fused_resnet.modules import FusedModule, call_reason
 
@@ -186,7 +188,8 @@ def choose(scope: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[C
     for variant in scope._fusion.variants:
         tensors = bind(variant.inputs, args, kwargs, is_tensor)
         if tensors is not None and guards_hold(scope, variant.guards):
-            scope._refused.pop("", None)
+            if not torch.compiler.is_compiling():
+                scope._refused.pop("", None)
             return variant.function, tensors
     if not torch.compiler.is_compiling():
         scope._refused[""] = "its last call was not as its forward was followed: other arguments, or changed attributes"

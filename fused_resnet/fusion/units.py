@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet import dispatch, ops
+from fused_resnet.fusion.guards import child
 from fused_resnet.fusion.match import Chain, conv_reason, module_reason, norm_reason
 from fused_resnet.fusion.norms import momentum, norm_kind, own_act, running, trains, vectors
-from fused_resnet.fusion.trace import child
 from fused_resnet.ops.checks import DTYPES, autocast_dtype, is_autocast, is_traced, needs_grad
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -114,7 +114,12 @@ def _fits(x: Tensor, weight: Tensor, given: tuple[Tensor | None, ...]) -> bool:
     """Whether a norm's vectors go with the tensor that it normalises: by size, by device and by dtype."""
     dtypes = (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,)
     shape = (weight.shape[0],)
-    return all(v is None or (v.shape == shape and v.dtype in dtypes and v.device == x.device) for v in given)
+    compiling = torch.compiler.is_compiling()
+    return all(
+        v is None
+        or ((compiling or type(v) in _PLAIN) and v.shape == shape and v.dtype in dtypes and v.device == x.device)
+        for v in given
+    )
 
 
 def call(scope: Any, unit: Unit, x: Any, residual: Any = None) -> Any:

@@ -1,0 +1,103 @@
+"""The models that people have, fused: expected fusions, one float64 training step tensor by tensor, and inference.
+
+A fast part runs in `make test`; `make test-zoo` sets FUSED_RESNET_ZOO and runs them all.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import needs_cpp
+from networks import GIVEN, INFERENCE, TRAINING, primitives, randomise, relative, units_run
+from same import step, tensors
+from torch import Tensor, nn
+
+import fused_resnet as fr
+from fused_resnet.cli import load_benchmarks
+from fused_resnet.convert import unfused_units
+
+ZOO = load_benchmarks("zoo").ZOO
+FAST = ("torchvision:resnet18", "torchvision:googlenet", "torchvision:video.r3d_18", "timm:resnet26d", "unet", "yolo")
+NAMES = tuple(ZOO) if os.environ.get("FUSED_RESNET_ZOO") else (*FAST, "medical")
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """In plain torch: torchvision's own needs its extension, which is built for another torch."""
+    from torchvision.ops import box_iou
+
+    overlap, kept = box_iou(boxes, boxes) > iou_threshold, []
+    dead = torch.zeros(len(boxes), dtype=torch.bool)
+    for index in scores.argsort(descending=True, stable=True).tolist():
+        if not dead[index]:
+            kept.append(index)
+            dead |= overlap[index]
+    return torch.tensor(kept, dtype=torch.long)
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest, torchvision: ModuleType, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    name = request.param
+    if name.startswith("timm:") and importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    monkeypatch.setattr(torchvision.ops.boxes, "nms", nms)
+    made = ZOO[name].make()
+    randomise(made)
+    return made
+
+
+def assert_same_results(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Of a float64 step; a detector computes some of its targets in float32."""
+    assert ours.keys() == theirs.keys()
+    scale = max(t.norm().item() for name, t in theirs.items() if name.startswith("gradient"))
+    for name, tensor in theirs.items():
+        if not tensor.is_floating_point():
+            assert torch.equal(ours[name], tensor), name
+            continue
+        size = max(tensor.double().norm().item(), 1e-6 * scale if name.startswith("gradient") else 0.0)
+        error = (ours[name].double() - tensor.double()).norm().item() / (size or 1.0)
+        assert error <= (1e-9 if tensor.dtype == torch.float64 else 1e-5), f"{name}: {error:.1e}"
+
+
+@needs_cpp
+@pytest.mark.parametrize(("name", "model"), [(name, name) for name in NAMES], indirect=["model"], ids=NAMES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_zoo(name: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = ZOO[name]
+    before = copy.deepcopy(model)
+    keys, parameters = list(model.state_dict()), [id(p) for p in model.parameters()]
+    report = fr.fuse(model)
+    assert len(report.fused) >= entry.fused, str(report)
+    assert len(report.skipped) == entry.skipped, str(report)
+    assert list(model.state_dict()) == keys
+    assert [id(p) for p in model.parameters()] == parameters
+    x = torch.randn(entry.shape, generator=torch.Generator().manual_seed(0))
+
+    with primitives(monkeypatch) as ran:
+        ours = step(copy.deepcopy(model).double().train(), x.double())
+    joined = sum(what == "add + ReLU" for _, what in report.fused)
+    frozen = "frozen" in name
+    assert units_run(ran, {**TRAINING, **GIVEN} if frozen else TRAINING) >= len(report.fused) - joined
+    assert ran["add_relu_forward"] >= joined
+    assert_same_results(ours, step(before.double().train(), x.double()))
+
+    model.eval()
+    before = fr.restore(copy.deepcopy(model))
+    with torch.no_grad(), primitives(monkeypatch) as ran:
+        ours_out = tensors(model(x))
+    if name != "torchvision:googlenet":  # its auxiliary heads train only
+        assert units_run(ran, {**INFERENCE, **GIVEN}) >= len(report.fused) - joined
+    with torch.no_grad():
+        theirs_out, exact = tensors(before(x)), tensors(before.double()(x.double()))
+    for a, b, c in zip(ours_out, theirs_out, exact, strict=True):
+        assert relative(a, c) <= 2 * relative(b, c) + 4 * torch.finfo(torch.float32).eps
+    assert unfused_units(model) == []
+
+    classes = [type(m) for m in before.modules()]
+    fr.restore(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert not any("_fusion" in m.__dict__ for m in model.modules())
