@@ -21,7 +21,7 @@ ifeq ($(FUSED_RESNET_NO_EXT),)
 export FUSED_RESNET_REQUIRE_EXT ?= $(if $(shell command -v c++),1,0)
 endif
 
-.PHONY: test-distributed help bench bench-all test lint degradation wheel test-install test-abi test-export test-tensorrt clean FORCE
+.PHONY: test-distributed help bench bench-all test test-zoo lint degradation wheel test-install test-abi test-export test-tensorrt clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -46,6 +46,9 @@ wheel: $(STAMPS)/python ## one abi3 wheel in dist/
 	rm -rf dist
 	FUSED_RESNET_REQUIRE_EXT=1 $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*-cp310-abi3-*.whl
+
+test-zoo: $(STAMPS)/extension $(STAMPS)/peers ## fuse() on every model of benchmarks/zoo.py
+	FUSED_RESNET_ZOO=1 $(BIN)/python -m pytest tests/fuse/test_zoo.py $(PYTEST_ARGS)
 
 test-install: $(STAMPS)/test ## installs in fresh environments, each another way
 	$(BIN)/python -m pytest --noconftest -o addopts= -v -s tests/install/test_install.py $(PYTEST_ARGS)
@@ -108,6 +111,8 @@ $(STAMPS)/peers: $(STAMPS)/test
 	@$(INSTALL) $(CONSTRAINTS) --no-deps "torchvision==$$($(BIN)/python -c '$(TORCH); print(f"0.{torch[1] + 15}.*")')"
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) -c constraints.txt --no-deps triton || \
 	    echo "no triton for this platform: its tests will be skipped"
+	@$(INSTALL) $(CONSTRAINTS) --no-deps timm && $(INSTALL) $(CONSTRAINTS) pyyaml huggingface_hub safetensors || \
+	    echo "no timm here: its tests will be skipped"
 	@$(INSTALL) $(CONSTRAINTS) onnx onnxscript onnxruntime || echo "no ONNX Runtime for this platform: its tests will be skipped"
 	@touch $@
 

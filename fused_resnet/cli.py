@@ -178,8 +178,20 @@ def _request(args: argparse.Namespace, **options: Any) -> Any:
 
 
 def verify(args: argparse.Namespace) -> int:
+    if ":" in args.model:
+        return verify_foreign(args)
     modes = ("train",) if args.train else ("infer",)
     return load_benchmarks("bench_resnet").verify(_request(args, modes=modes, images=tuple(args.image)))
+
+
+def verify_foreign(args: argparse.Namespace) -> int:
+    from fused_resnet import foreign
+
+    autocast = torch.bfloat16 if args.dtype == "bf16" else None
+    try:
+        return foreign.check(args.model, train=args.train, size=args.size, device=args.device, autocast=autocast)
+    except foreign.ModelNotFoundError as error:
+        raise RequestError(str(error)) from error
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -306,6 +318,15 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(_at_least(1)(batch) for batch in text.split(","))
 
 
+def _model(text: str) -> str:
+    if text not in MODELS and ":" not in text:
+        raise argparse.ArgumentTypeError(
+            f"unknown model {text!r}; expected one of {', '.join(MODELS)}, or timm:NAME, torchvision:NAME or "
+            "path/to/file.py:FUNCTION"
+        )
+    return text
+
+
 def _at_least(least: int) -> Any:
     def number(text: str) -> int:
         try:
@@ -330,13 +351,15 @@ def parser() -> argparse.ArgumentParser:
 
     common = _Parser(add_help=False)
     add = common.add_argument
-    add("--model", choices=MODELS, default="resnet50", metavar="M", help=f"one of {', '.join(MODELS)} (resnet50)")
     add("--device", type=_device, default=torch.device("cpu"), metavar="D", help="cpu, cuda or cuda:N (cpu)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="fp32, or bf16 by autocast (fp32)")
     add("--size", type=_at_least(32), default=224, metavar="N", help="height and width of the images (224)")
     add("--image", nargs="+", default=[], metavar="FILE", help="photographs to use instead of the bundled ones")
 
     command = commands.add_parser("verify", parents=[common], help="does fused equal unfused? exit code 1 if not")
+    listed = f"one of {', '.join(MODELS)} (resnet50)"
+    forms = f"{listed}, or timm:NAME, torchvision:NAME, path/to/file.py:FUNCTION, which are fused first"
+    command.add_argument("--model", type=_model, default="resnet50", metavar="M", help=forms)
     command.add_argument("--train", action="store_true", help="compare a training step instead of inference")
     command.set_defaults(run=verify)
 
@@ -346,6 +369,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("bench", parents=[common], help="parity, then the speed beside unfused rivals")
     add = command.add_argument
+    add("--model", choices=MODELS, default="resnet50", metavar="M", help=listed)
     add("--mode", type=_modes, action="append", metavar="M", help="infer, train, or both: infer,train (both)")
     add("--batch", type=_at_least(1), metavar="N", help="images in a batch (1 for inference, 4 for training)")
     add(
