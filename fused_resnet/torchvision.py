@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torchvision.models import get_model, list_models, register_model
+from torchvision.models import get_model, list_models
+from torchvision.models._api import register_model
 
 from fused_resnet.convert import fuse
 

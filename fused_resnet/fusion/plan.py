@@ -46,6 +46,8 @@ def plan_model(model: nn.Module) -> Plan:
     for path, module in model.named_modules():
         if isinstance(module, (FusedModule, BNAct, AddReLU)) and not isinstance(module, FusedScope):
             ours.update(id(m) for m in module.modules() if m is module or looks_like_norm(m))
+            # A projection is the block's own: it runs it, or part by part calls it as it is.
+            taken.update(id(m) for m in module.children() if any(looks_like_norm(part) for part in m.children()))
         if id(module) in taken or not _may_be_a_scope(module):
             continue
         try:

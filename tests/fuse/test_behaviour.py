@@ -197,7 +197,7 @@ def test_grad_cam(pair: tuple[nn.Module, nn.Module]) -> None:
     found: dict[int, list[Tensor]] = {}
     for index, model in enumerate(pair):
         found[index] = []
-        for layer in (model.layer4, model.layer4[1].bn2):
+        for layer in (model.layer4, model.layer4[1].bn1):
             layer.register_forward_hook(lambda m, args, out, i=index: found[i].append(out.detach().clone()))
             layer.register_full_backward_hook(lambda m, gin, gout, i=index: found[i].append(gout[0]))
     for model in pair:

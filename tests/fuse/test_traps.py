@@ -281,7 +281,12 @@ def keeps_features(self: Any, x: Tensor) -> Tensor:
 
 @trap(skipped="torch's rand")
 def draws(self: Any, x: Tensor) -> Tensor:
-    return torch.relu(self.bn1(self.conv1(x))) * torch.rand(1, dtype=x.dtype)
+    return torch.relu(self.bn1(self.conv1(x))) * torch.rand(1)
+
+
+@trap(CBR)
+def draws_anew_in_each_call(self: Any, x: Tensor) -> Tensor:
+    return torch.relu(self.bn1(self.conv1(x))) * torch.rand_like(x)
 
 
 @trap(skipped="calls random")
@@ -380,7 +385,12 @@ NO_BACKWARD = {
     "writes_to_its_input",
     "sum_in_place_of_a_view",
 }
-STATEFUL = {"counts_its_calls", "keeps_features", "draws"}  # another precision is another result
+STATEFUL = {
+    "counts_its_calls",
+    "keeps_features",
+    "draws",
+    "draws_anew_in_each_call",
+}  # another precision is another result
 
 
 @pytest.mark.parametrize("name", TRAPS)
