@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import gc
 import inspect
 import math
 import operator
@@ -428,6 +429,8 @@ class Watch:
                 watch.read(module, name, value)
             return value
 
+        collects = gc.isenabled()
+        gc.disable()  # finalizers would be taken for the model's own code
         profile, trace = sys.getprofile(), sys.gettrace()
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         try:
@@ -439,5 +442,7 @@ class Watch:
             sys.setprofile(profile)
             sys.settrace(trace)
             del nn.Module.__getattribute__
+            if collects:
+                gc.enable()
             if self.put_back():
                 self.reason = self.reason or "changes what it reads"
