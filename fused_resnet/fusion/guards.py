@@ -28,7 +28,7 @@ class Guard(NamedTuple):
     expected: Any
 
 
-def origin_of(kind: type) -> type:
+def origin_of(kind: type[Any]) -> Any:
     """The class that a fused scope's class stands for; any other class is its own."""
     return kind.__dict__.get("_origin", kind)
 

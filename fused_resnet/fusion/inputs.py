@@ -13,11 +13,11 @@ from fused_resnet.fusion.guards import CannotFollow, child, origin_of
 
 
 class Input(NamedTuple):
-    """An argument that a forward is called with: a tensor, a list or tuple of `count` tensors, or a plain value."""
+    """An argument that a forward is called with: a tensor, a list or tuple of `length` tensors, or a plain value."""
 
     name: str
     kind: str = "tensor"  # "list", "tuple", "value"
-    count: int = 1
+    length: int = 1
     value: Any = None
 
     @property
@@ -25,7 +25,7 @@ class Input(NamedTuple):
         """Of the tensors in it."""
         if self.kind == "tensor":
             return [self.name]
-        return [] if self.kind == "value" else [f"{self.name}_{i}" for i in range(self.count)]
+        return [] if self.kind == "value" else [f"{self.name}_{i}" for i in range(self.length)]
 
     def of(self, tensors: list[Any]) -> Any:
         """The argument made of its tensors."""
@@ -39,7 +39,7 @@ class Input(NamedTuple):
             return [argument] if is_tensor(argument) else None
         if self.kind == "value":
             return [] if type(argument) is type(self.value) and argument == self.value else None
-        if type(argument) is not (list if self.kind == "list" else tuple) or len(argument) != self.count:
+        if type(argument) is not (list if self.kind == "list" else tuple) or len(argument) != self.length:
             return None
         return list(argument) if all(is_tensor(x) for x in argument) else None
 

@@ -19,7 +19,15 @@ from fused_resnet.fusion.norms import looks_like_norm, norm_kind, own_act
 
 _ADDS = {operator.add, operator.iadd, torch.add}
 _RELUS = {F.relu, torch.relu, torch.relu_, F.relu_}
-_FRESH_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Linear)
+_FRESH_MODULES: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.Linear,
+)
 _FRESH_MODULES += (nn.ConvTranspose2d, nn.MaxPool2d, nn.AvgPool2d, nn.Sigmoid)
 _FRESH_FUNCTIONS = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul}
 _FRESH_FUNCTIONS |= {torch.cat, torch.sigmoid, torch.relu, F.max_pool2d, F.avg_pool2d}

@@ -94,7 +94,19 @@ _TORCH_CALLS = {  # file below torch/ -> names of functions there, or None for a
     "__init__.py": {"_assert"},
 }
 _MUST_RECORD = ("nn/functional.py", "__init__.py")
-_PLAIN_OWNERS = (list, tuple, dict, set, frozenset, str, int, float, range, type({}.items()), type({}.values()))
+_PLAIN_OWNERS: tuple[type, ...] = (
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    str,
+    int,
+    float,
+    range,
+    type({}.items()),
+    type({}.values()),
+)
 _NONE_TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_FORWARD_IF_NONE", "POP_JUMP_FORWARD_IF_NOT_NONE")
 _NEVER_NONE = ("placeholder", "call_function")
 _LOADS_LOCAL = ("LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW")
@@ -301,7 +313,7 @@ class Watch:
         file = file.removeprefix(_TORCH).replace(os.sep, "/")
         if code.co_name in ("children", "named_children") and frame.f_locals.get("self") is self.scope:
             return  # the names of its children are guarded
-        names = _TORCH_CALLS.get(file, frozenset())
+        names: Any = _TORCH_CALLS.get(file, frozenset())
         if names is not None and code.co_name not in names:
             self.refuse(f"calls torch's {code.co_name}, which a graph cannot stand for")
         if file in _MUST_RECORD:
@@ -363,7 +375,8 @@ class Watch:
         if instructions[index].opname == "LOAD_DEREF" or name in code.co_freevars:
             if name in code.co_cellvars or name == "__class__":
                 return
-            holder, value = None, frame.f_locals.get(name, MISSING)
+            holder: Any = None
+            value = frame.f_locals.get(name, MISSING)
             if isinstance(value, fx.Proxy) or value is self.scope:
                 return
         elif name in frame.f_globals:
