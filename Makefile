@@ -7,6 +7,8 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.make
 TRT := $(VENV)/tensorrt
+TRITON := $(VENV)/triton-3.6.0
+AOT_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 TORCH := from importlib.metadata import version; torch = tuple(map(int, version("torch").split(".")[:2]))
@@ -21,7 +23,8 @@ ifeq ($(FUSED_RESNET_NO_EXT),)
 export FUSED_RESNET_REQUIRE_EXT ?= $(if $(shell command -v c++),1,0)
 endif
 
-.PHONY: test-distributed help bench bench-all test test-zoo lint degradation wheel test-install test-abi test-export test-tensorrt clean FORCE
+.PHONY: help bench bench-all degradation test lint wheel test-install test-abi test-aot test-zoo test-export test-tensorrt \
+    test-distributed clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -46,6 +49,9 @@ wheel: $(STAMPS)/python ## one abi3 wheel in dist/
 	rm -rf dist
 	FUSED_RESNET_REQUIRE_EXT=1 $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*-cp310-abi3-*.whl
+
+test-aot: $(STAMPS)/peers $(STAMPS)/triton ## all Triton kernels, configs and targets by both tritons; it resumes: AOT_ARGS="--seconds 600"
+	$(BIN)/python tests/triton_backend/records.py --python $(BIN)/python --python $(TRITON)/bin/python $(AOT_ARGS)
 
 test-zoo: $(STAMPS)/extension $(STAMPS)/peers ## fuse() on every model of benchmarks/zoo.py
 	FUSED_RESNET_ZOO=1 $(BIN)/python -m pytest tests/fuse/test_zoo.py $(PYTEST_ARGS)
@@ -114,6 +120,14 @@ $(STAMPS)/peers: $(STAMPS)/test
 	@$(INSTALL) $(CONSTRAINTS) --no-deps timm && $(INSTALL) $(CONSTRAINTS) pyyaml huggingface_hub safetensors || \
 	    echo "no timm here: its tests will be skipped"
 	@$(INSTALL) $(CONSTRAINTS) onnx onnxscript onnxruntime || echo "no ONNX Runtime for this platform: its tests will be skipped"
+	@touch $@
+
+# The oldest triton that is served, in an environment on top of $(VENV).
+$(STAMPS)/triton: $(STAMPS)/peers
+	@echo "$(TRITON)"
+	@$(BIN)/python -m venv --without-pip $(TRITON)
+	@$(BIN)/python -c '$(SITE)' >"$$($(TRITON)/bin/python -c '$(SITE)')/parent.pth"
+	@$(INSTALL) --no-deps --upgrade --target "$$($(TRITON)/bin/python -c '$(SITE)')" triton==3.6.0
 	@touch $@
 
 # Torch-TensorRT for RTX (it shares its module's name with the one for data centres) in an environment on top of $(VENV).

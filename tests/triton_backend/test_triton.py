@@ -66,10 +66,7 @@ def test_compiles(job, outcome):
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
-INCOMPLETE = pytest.mark.xfail(reason="`make test-aot` has not come to its end: no sm_100, sm_120, gfx942 yet")
-
-
-@pytest.mark.parametrize("version", [pytest.param("3.6.0", marks=INCOMPLETE), "3.7.1"])
+@pytest.mark.parametrize("version", records.TRITONS)
 @pytest.mark.parametrize("suite", records.SUITES)
 def test_every_config_was_compiled_for_every_target(suite, version):
     stale = [target for target in records.TARGETS if records.is_stale(suite, target, version)]
