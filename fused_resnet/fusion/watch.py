@@ -10,7 +10,6 @@ import math
 import operator
 import os
 import sys
-import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
@@ -24,7 +23,7 @@ from fused_resnet.fusion.inputs import Input
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
-_PYTHON = sysconfig.get_paths()["stdlib"] + os.sep
+_PYTHON = os.path.dirname(os.__file__) + os.sep
 
 _SAFE_BUILTINS = frozenset(
     [
