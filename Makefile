@@ -38,7 +38,7 @@ bench-all: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## all of benchm
 
 test: lint $(STAMPS)/extension $(STAMPS)/peers ## lint, then the tests: make test PYTEST_ARGS="-k add_relu"
 	@test "$(FUSED_RESNET_REQUIRE_EXT)" != 1 || $(BIN)/python -c "import torch, fused_resnet._C"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(STAMPS)/test ## ruff and mypy
 	$(BIN)/ruff check .

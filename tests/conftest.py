@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch.utils import deterministic
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # share the processors; what needs threads sets their number
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 os.environ.pop("FUSED_RESNET_BACKEND", None)  # tests ask for backends themselves
 
 from fused_resnet import dispatch

@@ -321,7 +321,9 @@ def test_weights_of_another_architecture(state: State) -> None:
         fr.resnet18(weights=state, norm_layer=lambda c: nn.BatchNorm2d(c, track_running_stats=False))
 
 
-@pytest.mark.parametrize("weights", [3, 1.5, [1], object(), b"IMAGENET1K_V1", torch.ones(2), nn.Linear(1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "weights", [3, 1.5, [1], object(), b"IMAGENET1K_V1", torch.ones(2), nn.Linear(1, 1)], ids=lambda w: type(w).__name__
+)
 def test_other_types(weights: Any) -> None:
     with pytest.raises(TypeError, match="weights must be"):
         fr.resnet18(weights=weights)

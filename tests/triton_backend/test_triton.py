@@ -20,7 +20,10 @@ HERE = Path(__file__).parent
 QUICK_TARGETS = ("sm_90", "gfx942")
 INTERPRETED = sorted(path.stem.removeprefix("interpret_") for path in HERE.glob("interpret_*.py"))
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.xdist_group("triton"),  # one fixture starts all jobs
+]
 
 
 def _run(name: str) -> subprocess.CompletedProcess[str]:
