@@ -31,7 +31,7 @@ def batch(device: torch.device, count: int, size: int, seed: int = 0) -> tuple[T
 
 def losses(net: nn.Module, device: torch.device, steps: int, dtype: torch.dtype, size: int, count: int) -> list[float]:
     net = net.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.005, momentum=0.9)
     found = []
     for step in range(steps):
         x, target = batch(device, count, size, step)
@@ -47,14 +47,15 @@ def losses(net: nn.Module, device: torch.device, steps: int, dtype: torch.dtype,
 def check_training(
     torchvision: ModuleType, device: torch.device, model: str, dtype: torch.dtype, steps: int, size: int, count: int
 ) -> None:
-    """Rounding grows from step to step, so curves are compared, not numbers: equal at first, together at the end."""
+    """The first loss shows the forward, the second the gradients; then curves are compared, not numbers, since rounding
+    grows tenfold or more with each step, in torch's own run beside float64 too."""
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, model)(num_classes=8)
     ours = getattr(fr, model)(num_classes=8)
     ours.load_state_dict(theirs.state_dict())
     one, two = (torch.tensor(losses(net, device, steps, dtype, size, count)) for net in (ours, theirs))
-    first = 5
-    torch.testing.assert_close(one[:first], two[:first], rtol=2e-3 if dtype == torch.float32 else 5e-2, atol=1e-3)
+    for index, bound in enumerate((1e-5, 5e-3) if dtype == torch.float32 else (2e-2, 5e-2)):
+        torch.testing.assert_close(one[index], two[index], rtol=bound, atol=0)
     tail = max(1, steps // 5)
     assert one.isfinite().all()
     assert (one[-tail:].mean() - two[-tail:].mean()).abs() < 0.25 * two[0]
