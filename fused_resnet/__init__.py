@@ -2,6 +2,7 @@
 
 from fused_resnet import ops
 from fused_resnet._version import __version__
+from fused_resnet.blocks import BasicBlock, Bottleneck
 from fused_resnet.convert import fuse, refresh, restore
 from fused_resnet.dispatch import BackendUnavailableError, backend_table, set_backend, use_backend
 from fused_resnet.export import to_onnx, to_plain, to_pt2
@@ -49,7 +50,7 @@ from fused_resnet.models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from fused_resnet.modules import AddReLU, BasicBlock, BNAct, Bottleneck, ConvBNAct
+from fused_resnet.modules import AddReLU, BNAct, ConvBNAct
 from fused_resnet.parity import ParityError, verify
 from fused_resnet.sync_batchnorm import convert_sync_batchnorm
 from fused_resnet.tensorrt import to_tensorrt

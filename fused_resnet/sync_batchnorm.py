@@ -4,9 +4,62 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.fx import Proxy
 
-from fused_resnet.modules import SyncBatchNorm
+from fused_resnet import batchnorm
+from fused_resnet.ops.sync_bn_act import sync_bn_act
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """batch_norm(x) over the batches of all processes of a group; see `fused_resnet.convert_sync_batchnorm`.
+
+    As torch.nn.SyncBatchNorm, on any device, and in our blocks with the residual and the ReLU fused. (No subclass of
+    it: DistributedDataParallel refuses those on the CPU.)
+    """
+
+    process_group: Any = None
+
+    @classmethod
+    def of(cls, bn: nn.BatchNorm2d, process_group: Any = None) -> SyncBatchNorm:
+        """What takes the place of `bn`: the same parameters, buffers, hooks and mode."""
+        new = cls(0)
+        new.__dict__.update(bn.__dict__)
+        new.process_group = process_group
+        return new
+
+    def merges(self) -> bool:
+        """Whether there are other processes to take statistics with."""
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        if not isinstance(x, Proxy) and batchnorm.uses_batch_statistics(self) and self.merges():
+            self._check_input_dim(x)
+            return self.bn_act(x, self.weight, self.bias)
+        return super().forward(x)
+
+    def bn_act(
+        self,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """activation(batch_norm(x) + residual) with the statistics of all processes."""
+        return sync_bn_act(
+            x,
+            gamma,
+            beta,
+            *batchnorm.running(self),
+            residual,
+            momentum=batchnorm.batch_momentum(self),
+            eps=self.eps,
+            activation=activation,
+            process_group=self.process_group,
+        )
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:

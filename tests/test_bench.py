@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fused_resnet
-from fused_resnet import dispatch, modules
+from fused_resnet import batchnorm, dispatch, modules
 from fused_resnet.backends import cpp, library, reference
 from fused_resnet.cli import RequestError, load_benchmarks
 
@@ -186,8 +186,8 @@ def test_parity_catches_wrong_training(job: Callable[..., Any], what: str, monke
 
 
 def test_parity_catches_wrong_running_statistics(job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    running = modules._running
-    monkeypatch.setattr(modules, "_running", lambda bn: (running(bn)[0], None) if bn.training else running(bn))
+    running = batchnorm.running
+    monkeypatch.setattr(batchnorm, "running", lambda bn: (running(bn)[0], None) if bn.training else running(bn))
     for result in _agree(*job(), "train"):
         assert "running_var" in result.problems[0]
 

@@ -115,9 +115,23 @@ def test_fused_equals_unfused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETS)
 def test_nothing_runs_unfused_but_what_is_said(name: str) -> None:
-    """Of all units at most the BN behind a deep stem, which no conv module stands before."""
-    reasons = unfused_units(NETS[name]())
-    assert [unit for unit, _ in reasons] == (["conv1"] if name.startswith("bottleneck D") else [])
+    assert not list(unfused_units(NETS[name]()))
+
+
+def test_a_watched_deep_stem_runs_as_one_module() -> None:
+    """A hook on the stem sees its output, which fusing its last conv with the BN behind it would skip."""
+    model = fr.ResNet(fr.Bottleneck, (1, 1, 1, 1), 5, stem="deep", width_per_group=16)
+    randomise(model)
+    x = images(2, 3, 33, 33)
+    seen: list[torch.Size] = []
+    expected = infer(model.eval(), x)
+    handle = model.conv1.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert [unit for unit, _ in unfused_units(model)] == ["conv1"]
+    torch.testing.assert_close(infer(model, x), expected, rtol=1e-4, atol=1e-4)
+    model.train()(x)
+    assert seen == [(2, 64, 17, 17)] * 2
+    handle.remove()
+    assert not list(unfused_units(model))
 
 
 def test_inference_is_one_kernel_per_conv(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +245,7 @@ def test_features(name: str, options: dict[str, Any]) -> None:
         (lambda: fr.cifar_resnet20(shortcut="D"), ValueError, "shortcut must be one of"),
         (lambda: fr.plain_cifar_net20(shortcut="B"), TypeError, "has no shortcuts"),
         (lambda: fr.plain_cifar_net20(residual_scale=0.1), ValueError, "without shortcuts"),
+        (lambda: fr.plain_cifar_net20(zero_init_residual=True), ValueError, "without shortcuts"),
         (lambda: fr.resnet50(shortcut="none"), ValueError, "BasicBlock"),
         (lambda: fr.resnet18(stem="3x3"), ValueError, "stem must be"),
         (lambda: fr.resnet50(output_stride=4), ValueError, "8, 16 or 32"),

@@ -235,9 +235,9 @@ def test_broken_running_statistics_are_found(monkeypatch: pytest.MonkeyPatch, wh
 
 
 def test_broken_counter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_resnet import modules
+    from fused_resnet import batchnorm
 
-    monkeypatch.setattr(modules, "_batch_momentum", lambda bn: bn.momentum)
+    monkeypatch.setattr(batchnorm, "batch_momentum", lambda bn: bn.momentum)
     if dispatch.is_fused("bn_act", "cpu"):
         with pytest.raises(fr.ParityError, match="num_batches_tracked"):
             fr.verify(net(), images(4, 3, 20, 20), train=True)

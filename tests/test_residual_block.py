@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.modules import _Block
+from fused_resnet.blocks import ResidualBlock
 from fused_resnet.ops import residual_block as rb
 from fused_resnet.parity import compare
 
-BLOCKS: dict[str, Callable[[], tuple[_Block, int]]] = {
+BLOCKS: dict[str, Callable[[], tuple[ResidualBlock, int]]] = {
     "basic": lambda: (fr.BasicBlock(6, 6), 6),
     "basic, projection": lambda: (fr.BasicBlock(5, 6, 2, _projection(5, 6, 2)), 5),
     "bottleneck": lambda: (fr.Bottleneck(12, 3), 12),
@@ -58,7 +58,7 @@ def _unit(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> rb.Unit:
     )
 
 
-def _run(block: _Block, x: Tensor, plan: rb.Plan) -> Tensor:
+def _run(block: ResidualBlock, x: Tensor, plan: rb.Plan) -> Tensor:
     units = tuple(_unit(getattr(block, conv), getattr(block, bn)) for conv, bn in block._UNITS)
     projection = None if block.downsample is None else _unit(*block.downsample)
     return rb.residual_block(x, units, projection, plan)

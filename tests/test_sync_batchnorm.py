@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fused_resnet as fr
 from fused_resnet import dispatch
 from fused_resnet.convert import unfused_units
-from fused_resnet.modules import SyncBatchNorm
+from fused_resnet.sync_batchnorm import SyncBatchNorm
 
 
 def _port() -> int:

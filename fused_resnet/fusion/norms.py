@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fused_resnet import batchnorm
 from fused_resnet.fusion.guards import has_hooks, origin_of
-from fused_resnet.modules import _batch_momentum, _running, _uses_batch_statistics
 
 _TORCH = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 # Fixed statistics and parameters, all of them buffers: (x - mean) / sqrt(var + eps) * weight + bias.
@@ -62,13 +62,13 @@ def vectors(norm: Any) -> tuple[Tensor | None, ...]:
 
 def trains(norm: Any, kind: Norm) -> bool:
     """Whether it normalises with the batch's own statistics now."""
-    return not kind.frozen and _uses_batch_statistics(norm)
+    return not kind.frozen and batchnorm.uses_batch_statistics(norm)
 
 
 def running(norm: Any, kind: Norm) -> tuple[Tensor | None, Tensor | None]:
-    return (norm.running_mean, norm.running_var) if kind.frozen else _running(norm)
+    return (norm.running_mean, norm.running_var) if kind.frozen else batchnorm.running(norm)
 
 
 def momentum(norm: Any, kind: Norm) -> Any:
     """Counts the batch where the norm would: to be asked for once per call."""
-    return 0.0 if kind.frozen else _batch_momentum(norm)
+    return 0.0 if kind.frozen else batchnorm.batch_momentum(norm)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from fused_resnet import dispatch
+from fused_resnet.blocks import BasicBlock
 from fused_resnet.models.common import (
     PlainBlock,
     check_options,
@@ -18,7 +19,7 @@ from fused_resnet.models.common import (
     make_shortcut,
     prepare_blocks,
 )
-from fused_resnet.modules import BasicBlock, FusedModule, Units, call_reason
+from fused_resnet.modules import FusedModule, Units, call_reason
 
 
 class CifarResNet(FusedModule):
@@ -52,7 +53,7 @@ class CifarResNet(FusedModule):
         memory: str = "balanced",
     ) -> None:
         super().__init__()
-        check_options(shortcut, memory, residual_scale)
+        check_options(shortcut, memory, residual_scale, zero_init_residual)
         if len(layers) != 3 or len(widths) != 3:
             raise ValueError(f"layers and widths must be three numbers each, got {layers!r} and {widths!r}")
         norm = norm_layer or nn.BatchNorm2d
@@ -71,11 +72,8 @@ class CifarResNet(FusedModule):
             self.add_module(f"layer{stage}", nn.Sequential(*row))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(inplanes, num_classes)
-        initialise(self)
+        initialise(self, zero_init_residual)
         prepare_blocks(self.modules(), memory, residual_scale)
-        for module in self.modules() if zero_init_residual else ():
-            if isinstance(module, BasicBlock) and isinstance(module.bn2.weight, Tensor):
-                nn.init.zeros_(module.bn2.weight)
 
     def units(self) -> Units:
         return {"conv1": (self.conv1, self.bn1, self.relu)}

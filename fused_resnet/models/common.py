@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from fused_resnet.modules import BasicBlock, FusedModule, Units, _as_leaf, _Block
+from fused_resnet.blocks import BasicBlock, ResidualBlock
+from fused_resnet.modules import FusedModule, Units, as_leaf
 from fused_resnet.plans import MEMORY
 
 SHORTCUTS = ("A", "B", "C", "none")
@@ -29,7 +30,7 @@ class PadShortcut(FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         """(N, inplanes, H, W) to (N, planes, ceil(H / stride), ceil(W / stride))."""
         if self._fused and isinstance(x, Proxy):
-            return _as_leaf(self, x)
+            return as_leaf(self, x)
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.planes - self.inplanes))
 
 
@@ -51,7 +52,7 @@ class PooledShortcut(FusedModule, nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(N, inplanes, H, W) to (N, planes, ceil(H / stride), ceil(W / stride))."""
         if self._fused and isinstance(x, Proxy):
-            return _as_leaf(self, x)
+            return as_leaf(self, x)
         return self._conv_bn_act("1", self[0](x), self[1], self[2])
 
 
@@ -80,12 +81,12 @@ class PlainBlock(BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, planes, H', W')."""
         if self._fused and isinstance(x, Proxy):
-            return _as_leaf(self, x)
+            return as_leaf(self, x)
         x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
         return self._conv_bn_act("conv2", x, self.conv2, self.bn2, self.relu)
 
 
-def check_options(shortcut: str, memory: str, residual_scale: float | None) -> None:
+def check_options(shortcut: str, memory: str, residual_scale: float | None, zero_init_residual: bool = False) -> None:
     if shortcut not in SHORTCUTS:
         raise ValueError(f"shortcut must be one of {', '.join(map(repr, SHORTCUTS))}, got {shortcut!r}")
     if memory not in MEMORY:
@@ -94,25 +95,32 @@ def check_options(shortcut: str, memory: str, residual_scale: float | None) -> N
         raise TypeError(f"residual_scale must be None or the number to start from, got {residual_scale!r}")
     if residual_scale is not None and shortcut == "none":
         raise ValueError("residual_scale scales what is added to the shortcut; without shortcuts there is none")
+    if zero_init_residual and shortcut == "none":
+        raise ValueError("zero_init_residual lets blocks start as their shortcuts; without shortcuts there are none")
 
 
 def prepare_blocks(modules: Iterable[nn.Module], memory: str, residual_scale: float | None) -> None:
     """Tell the blocks among the modules what to keep for backward, and give them their learnable scale."""
     for module in modules:
-        if isinstance(module, _Block):
+        if isinstance(module, ResidualBlock):
             module.memory = memory
             if residual_scale is not None:
                 module.residual_scale = nn.Parameter(torch.tensor(float(residual_scale)))
 
 
-def initialise(model: nn.Module) -> None:
-    """He et al. 2015, "Delving Deep into Rectifiers", fan out; BN starts as the identity."""
+def initialise(model: nn.Module, zero_init_residual: bool = False) -> None:
+    """He et al. 2015, "Delving Deep into Rectifiers", fan out; BN starts as the identity, or, last in a block, at 0."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) and module.weight is not None:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+    for module in model.modules() if zero_init_residual else ():
+        if isinstance(module, ResidualBlock):
+            last = getattr(module, module._UNITS[-1][1])
+            if isinstance(last.weight, Tensor):
+                nn.init.zeros_(last.weight)
 
 
 def constructor(name: str, title: str, options: str, build: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,9 +166,13 @@ class DeepStem(FusedModule, nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, planes, ceil(H / 2), ceil(W / 2)), before BN and ReLU."""
         if self._fused and isinstance(x, Proxy):
-            return _as_leaf(self, x)
+            return as_leaf(self, x)
+        return self[6](self.before_last(x))
+
+    def before_last(self, x: Tensor) -> Tensor:
+        """What the last conv reads, for whoever fuses that conv with the BN behind the stem."""
         x = self._conv_bn_act("0", x, self[0], self[1], self[2])
-        return self[6](self._conv_bn_act("3", x, self[3], self[4], self[5]))
+        return self._conv_bn_act("3", x, self[3], self[4], self[5])
 
 
 def dilations(output_stride: int | None, replace_stride_with_dilation: Any) -> tuple[bool, ...]:

@@ -13,17 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from fused_resnet import dispatch, ops
+from fused_resnet import batchnorm, dispatch, ops
 from fused_resnet.models.common import check_options, constructor, initialise
 from fused_resnet.modules import (
     FusedModule,
     Units,
-    _as_leaf,
-    _batch_momentum,
-    _has_pairs,
-    _running,
-    _uses_batch_statistics,
+    as_leaf,
     call_reason,
+    has_pairs,
     unfused_reason,
 )
 
@@ -45,9 +42,9 @@ class _PreActModule(FusedModule):
             x,
             norm.weight,
             norm.bias,
-            *_running(norm),
-            training=_uses_batch_statistics(norm),
-            momentum=_batch_momentum(norm),
+            *batchnorm.running(norm),
+            training=batchnorm.uses_batch_statistics(norm),
+            momentum=batchnorm.batch_momentum(norm),
             eps=norm.eps,
         )
 
@@ -73,7 +70,7 @@ class _PreActBlock(_PreActModule):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, planes * expansion, H', W')."""
         if self._fused and isinstance(x, Proxy):
-            return _as_leaf(self, x)
+            return as_leaf(self, x)
         bn1 = getattr(self, "bn1", None)
         a = x if bn1 is None else self._bn_act(x, bn1)
         shortcut = x if self.downsample is None else self.downsample(a)
@@ -85,12 +82,7 @@ class _PreActBlock(_PreActModule):
         """scale * conv(a) + shortcut."""
         scale = self.residual_scale
         fused = self._fused and not isinstance(a, Proxy) and unfused_reason(conv, None, None) is None
-        if (
-            not fused
-            or not _has_pairs(conv)
-            or a.dtype != conv.weight.dtype
-            or torch.is_autocast_enabled(a.device.type)
-        ):
+        if not fused or not has_pairs(conv) or a.dtype != conv.weight.dtype or torch.is_autocast_enabled(a.device.type):
             y = conv(a)
             return (y if scale is None else y * scale) + shortcut
         weight = conv.weight if scale is None else conv.weight * scale

@@ -15,22 +15,19 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from fused_resnet import dispatch, ops
-from fused_resnet.models.common import DeepStem, PlainBlock, check_options, dilations, make_shortcut, prepare_blocks
-from fused_resnet.models.weights import load_weights
-from fused_resnet.modules import (
-    BasicBlock,
-    Bottleneck,
-    FusedModule,
-    Units,
-    _batch_momentum,
-    _running,
-    _uses_batch_statistics,
-    call_reason,
-    is_watched,
-    run_blocks,
-    unfused_reason,
+from fused_resnet import batchnorm, dispatch, ops
+from fused_resnet.blocks import BasicBlock, Bottleneck, run_blocks
+from fused_resnet.models.common import (
+    DeepStem,
+    PlainBlock,
+    check_options,
+    dilations,
+    initialise,
+    make_shortcut,
+    prepare_blocks,
 )
+from fused_resnet.models.weights import load_weights
+from fused_resnet.modules import FusedModule, Units, call_reason, is_watched, unfused_reason
 from fused_resnet.ops.checks import is_traced, needs_grad
 from fused_resnet.ops.conv_bias_act import check_conv
 
@@ -84,7 +81,7 @@ class ResNet(FusedModule):
             raise ValueError(f"replace_stride_with_dilation must be None or three bools, got {dilate}")
         if len(layers) != 4:
             raise ValueError(f"layers must be four numbers of blocks, got {layers!r}")
-        check_options(shortcut, memory, residual_scale)
+        check_options(shortcut, memory, residual_scale, zero_init_residual)
         if stem not in ("7x7", "deep"):
             raise ValueError(f"stem must be '7x7' or 'deep', got {stem!r}")
         if shortcut == "none":
@@ -111,7 +108,7 @@ class ResNet(FusedModule):
         self.layer4 = self._make_layer(block, 512, layers[3], 2, dilate[2])
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
-        self._initialise(zero_init_residual)
+        initialise(self, zero_init_residual)
         prepare_blocks(self.modules(), memory, residual_scale)
 
     def _make_layer(
@@ -140,29 +137,25 @@ class ResNet(FusedModule):
             self.inplanes = width
         return nn.Sequential(*stage)
 
-    def _initialise(self, zero_init_residual: bool) -> None:
-        """He et al. 2015, "Delving Deep into Rectifiers", fan out; BN starts as the identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) and module.weight is not None:
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-        if zero_init_residual:
-            for module in self.modules():
-                if isinstance(module, (BasicBlock, Bottleneck)):
-                    last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-                    if isinstance(last.weight, Tensor):
-                        nn.init.zeros_(last.weight)
-
     def units(self) -> Units:
-        return {"conv1": (self.conv1, self.bn1, self.relu)}
+        return {"conv1": (self._last_stem_conv(), self.bn1, self.relu)}
+
+    def _last_stem_conv(self) -> nn.Module:
+        """The conv before bn1: conv1, or the last one of a deep stem that nobody watches."""
+        stem = self.conv1
+        return stem[-1] if self._fused and type(stem) is DeepStem and not is_watched(stem) else stem
+
+    def _before_bn1(self, x: Tensor) -> tuple[Tensor, nn.Module]:
+        """bn1's conv and what it reads."""
+        conv = self.conv1 if isinstance(x, Proxy) or call_reason() is not None else self._last_stem_conv()
+        return (x if conv is self.conv1 else cast(DeepStem, self.conv1).before_last(x)), conv
 
     def _stem(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x)))), all after the conv in one pass; in inference BN and ReLU belong to the conv."""
-        if self._pools_at_once(x):
-            conv, bn = cast(nn.Conv2d, self.conv1), cast(nn.BatchNorm2d, self.bn1)
-            if _uses_batch_statistics(bn) or needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias):
+        x, last = self._before_bn1(x)
+        if self._pools_at_once(x, last):
+            conv, bn = cast(nn.Conv2d, last), cast(nn.BatchNorm2d, self.bn1)
+            if batchnorm.uses_batch_statistics(bn) or needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias):
                 geometry, _ = check_conv(
                     "conv1", x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
                 )
@@ -170,17 +163,17 @@ class ResNet(FusedModule):
                     F.conv2d(x, conv.weight, conv.bias, *geometry),
                     bn.weight,
                     bn.bias,
-                    *_running(bn),
-                    training=_uses_batch_statistics(bn),
-                    momentum=_batch_momentum(bn),
+                    *batchnorm.running(bn),
+                    training=batchnorm.uses_batch_statistics(bn),
+                    momentum=batchnorm.batch_momentum(bn),
                     eps=bn.eps,
                 )
-        return self.maxpool(self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu))
+        return self.maxpool(self._conv_bn_act("conv1", x, last, self.bn1, self.relu))
 
-    def _pools_at_once(self, x: Tensor) -> bool:
+    def _pools_at_once(self, x: Tensor, conv: nn.Module) -> bool:
         """Whether bn_act_pool may stand for bn1, relu and maxpool: each is what it should be, and nobody watches it."""
         pool = self.maxpool
-        if not self._fused or isinstance(x, Proxy) or x.dim() != 4 or unfused_reason(self.conv1, self.bn1, self.relu):
+        if not self._fused or isinstance(x, Proxy) or x.dim() != 4 or unfused_reason(conv, self.bn1, self.relu):
             return False
         if type(pool) is not nn.MaxPool2d or is_watched(pool) or pool.ceil_mode or pool.return_indices:
             return False
@@ -275,7 +268,8 @@ class ResNetFeatures(ResNet):
             x = x.contiguous(memory_format=torch.channels_last)
         maps = []
         if 0 in self.out_indices:
-            x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
+            x, conv = self._before_bn1(x)
+            x = self._conv_bn_act("conv1", x, conv, self.bn1, self.relu)
             maps.append(x)
             x = self.maxpool(x)
         else:
