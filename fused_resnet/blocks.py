@@ -34,7 +34,13 @@ def _unit(conv: nn.Conv2d, bn: nn.BatchNorm2d, scale: Tensor | None = None) -> U
         momentum=batchnorm.batch_momentum(bn),
         eps=bn.eps,
         training=batchnorm.uses_batch_statistics(bn),
+        group=_group(bn),
     )
+
+
+def _group(bn: nn.Module) -> Any:
+    """The processes whose batches this batch norm merges, or None."""
+    return bn.group() if isinstance(bn, SyncBatchNorm) else None
 
 
 def run_blocks(stages: Iterable[nn.Module], x: Tensor, overwrite: bool) -> Tensor:
@@ -123,26 +129,33 @@ class ResidualBlock(FusedModule):
         return self._conv_bn_act(last_conv, x, *last, shortcut, self.residual_scale, overwrite)
 
     def _plan(self, x: Tensor) -> Plan | None:
-        """How the block runs as one op: where gradients are taken of channels_last tensors, and nothing is odd."""
+        """How the block runs as one op: where gradients are taken of channels_last tensors, and nothing is odd.
+
+        Where batch norms merge processes these must agree, for DistributedDataParallel's collectives lie between the
+        units' own: nothing here may depend on a batch's size then. (An empty tensor has lost its layout.)
+        """
         if not self._fused or self.memory == "fast":
             return None
-        if not needs_grad(x, *self.parameters()) or is_traced(x) or not is_channels_last(x):
+        if not needs_grad(x, *self.parameters()) or is_traced(x):
+            return None
+        units = self.units()
+        merged = any(_group(bn) is not None for _, bn, _ in units.values())
+        if not (is_channels_last(x) or (merged and not x.numel() and dispatch.prefers_channels_last(x))):
             return None
         if self.unfused() or not dispatch.is_fused("bn_act", x.device.type):
             return None
         if self.downsample is not None and not self._projection():
             return None
-        units = self.units()
         pairs = [(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)) for conv, bn, _ in units.values()]
         dtype = x.dtype if autocast_dtype(x) is None else pairs[0][0].weight.dtype
         for conv, bn in pairs:
             if conv.bias is not None or conv.weight.dtype != dtype or conv.weight.device != x.device:
                 return None
-            if isinstance(bn, SyncBatchNorm) or not (has_pairs(conv) and batchnorm.fits(bn, conv.weight)):
+            if not (has_pairs(conv) and batchnorm.fits(bn, conv.weight)):
                 return None
         convs = {name: conv for name, (conv, _) in zip(units, pairs, strict=True)}
         projection = convs.pop("downsample", None)
-        return plan_block(x, tuple(convs.values()), projection, self.memory)
+        return plan_block(x, tuple(convs.values()), projection, self.memory, merged)
 
     def _whole(self, x: Tensor, plan: Plan) -> Tensor:
         scales = {self._UNITS[-1][0]: self.residual_scale}

@@ -30,12 +30,19 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return new
 
     def merges(self) -> bool:
-        """Whether there are other processes to take statistics with."""
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+        """Whether there are other processes to take statistics with, and batch statistics are taken."""
+        return self.group() is not None
+
+    def group(self) -> Any:
+        """The processes to take statistics with; None where there are no others, or no batch statistics are taken."""
+        if not (batchnorm.uses_batch_statistics(self) and dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        if not isinstance(x, Proxy) and batchnorm.uses_batch_statistics(self) and self.merges():
+        if not isinstance(x, Proxy) and self.merges():
             self._check_input_dim(x)
             return self.bn_act(x, self.weight, self.bias)
         return super().forward(x)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from networks import images, randomise
+from processes import on_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,30 +18,6 @@ import fused_resnet as fr
 from fused_resnet import dispatch
 from fused_resnet.convert import unfused_units
 from fused_resnet.sync_batchnorm import SyncBatchNorm
-
-
-def _port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _process(rank: int, world: int, port: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        torch.save(work(rank, world, *args), Path(folder) / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def on_processes(world: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `work(rank, world, *args)` returns in each of `world` gloo processes."""
-    mp.spawn(_process, (world, _port(), str(folder), work, args), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
 
 # The op
 
@@ -182,9 +155,9 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
 # Networks
 
 
-def _network() -> nn.Module:
+def _network(memory: str = "balanced") -> nn.Module:
     torch.manual_seed(3)
-    model = fr.ResNet(fr.Bottleneck, (1, 1, 1, 1), width_per_group=16, num_classes=5)
+    model = fr.ResNet(fr.Bottleneck, (1, 1, 1, 1), width_per_group=16, num_classes=5, memory=memory)
     randomise(model)
     model.layer1[0].residual_scale = nn.Parameter(torch.tensor(0.7))
     return model.double()
@@ -194,11 +167,14 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+PARTS = {2: (3, 5), 4: (2, 0, 5, 1)}
+
+
 def _train_part(rank: int, world: int) -> dict[str, Any]:
     import warnings
 
-    model = fr.convert_sync_batchnorm(_network())
-    x = images(8, 3, 32, 32).double()
+    model = fr.convert_sync_batchnorm(_network("balanced" if world == 2 else "low"))
+    x = images(8, 3, 32, 32).double().split(PARTS[world])[rank]
     calls: dict[str, int] = {}
     choose = dispatch.choose
 
@@ -212,7 +188,7 @@ def _train_part(rank: int, world: int) -> dict[str, Any]:
         parallel = DistributedDataParallel(model)
         for _ in range(2):
             model.zero_grad()
-            out = parallel(x.chunk(world)[rank])
+            out = parallel(x)
             (out.square().sum() * world).backward()  # DDP averages: the sum over the whole batch
     dispatch.choose = choose
     return {
@@ -239,15 +215,17 @@ def test_ddp_trains_as_one_process_with_the_whole_batch(
         out = plain(images(8, 3, 32, 32).double())
         out.square().sum().backward()
     torch.testing.assert_close(torch.cat([part["out"] for part in parts]), out.detach(), rtol=1e-9, atol=1e-9)
-    for part in parts:
+    for part, size in zip(parts, PARTS[world], strict=True):
         assert not [w for w in part["warnings"] if "stride" in w], "DDP copies gradients whose strides differ"
         for name, value in _gradients(plain).items():
             error = (part["gradients"][name] - value).norm() / value.norm()
             assert error < 1e-8, f"{name}: {error:.1e}"
         for name, value in plain.named_buffers():
             torch.testing.assert_close(part["buffers"][name], value, rtol=1e-9, atol=1e-9)
+        gram = 5 if size else 0  # the last conv of each of the four blocks, and the first projection
         units = sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
-        assert part["calls"]["bn_act_backward"] == 2 * units, "each unit is one fused op"
+        assert part["calls"].get("second_moments", 0) == 2 * gram
+        assert part["calls"]["bn_act_backward"] == 2 * (units - gram), "every other unit is one fused op"
 
 
 def test_conversion_keeps_the_model() -> None:

@@ -63,9 +63,9 @@ def check_momentum(op: str, momentum: Any, x: Tensor) -> None:
         raise TypeError(f"{op}: momentum must be a float or a 0-d tensor, got {type(momentum).__name__}")
 
 
-def check_batch_statistics(x: Tensor, eps: float) -> None:
-    """x can be normalised with its own statistics. In torch's own sentences."""
-    if x.shape[0] * math.prod(x.shape[2:]) == 1:
+def check_batch_statistics(x: Tensor, eps: float, merged: bool = False) -> None:
+    """x can be normalised with its own statistics, or with those `merged` over processes. In torch's own sentences."""
+    if not merged and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")

@@ -12,10 +12,12 @@ Between the units only raw conv outputs y_k are kept; each rectified a_k is form
 Backward of the Gram form, with g = dL/dout * (out > 0), r = 1 / sqrt(var + eps), A = gamma r, rows of W the outputs:
 
     Q = g^T a     S1 = sum(g) = dbeta     S2 = r (rowsum(Q * W) - m S1) = dgamma     B = -A r S2 / M
-    dW = A (Q - S1 mu^T) + B (W K)        H = W^T diag(B) W
-    da = g (diag(A) W) + (a - mu) H - (A S1 / M) W
+    H = W^T diag(B) W       e = B (W mu - m) - A S1 / M
+    dW = A Q + B (W K) + n e mu^T         da = g (diag(A) W) + (a - mu) H + e W
 
-With given statistics (eval, frozen) B = 0 and the S1 terms of dW and da vanish.
+Across processes (`Unit.group`) m, var, M, and S1 and S2 in B and e are those of all, merged as `sync_bn_act` does; a,
+g, mu, K, Q, the n rows, dgamma and dbeta stay this process's own (alone, n = M and W mu = m). Both forms thus exchange
+the same numbers, and each process is free to choose. With given statistics (eval, frozen) B = e = 0.
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_resnet import dispatch
-from fused_resnet.folding import accumulate_dtype, fold, update_running_stats
+from fused_resnet.folding import accumulate_dtype, fold
 from fused_resnet.ops.checks import as_layout, autocast_dtype, check_batch_statistics, check_shape
 from fused_resnet.ops.conv_bias_act import conv_output_shape
+from fused_resnet.ops.sync_bn_act import mean_gradients, merge_statistics, sync_bn_act_backward, sync_bn_act_forward
 
 
 class Unit(NamedTuple):
-    """A bias-free conv and its BN. `training`: normalise with batch statistics, else with the running ones."""
+    """A bias-free conv and its BN. `training`: normalise with batch statistics, else with the running ones; `group`:
+    with those of all processes of a group of torch.distributed."""
 
     weight: Tensor
     gamma: Tensor | None
@@ -47,6 +51,7 @@ class Unit(NamedTuple):
     momentum: float | Tensor = 0.1
     eps: float = 1e-5
     training: bool = True
+    group: Any = None
 
     @property
     def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
@@ -73,7 +78,8 @@ def residual_block(x: Tensor, units: tuple[Unit, ...], projection: Unit | None, 
         plan: how to run it.
 
     Returns:
-        The block's output, channels_last. Differentiable once.
+        The block's output, channels_last. Differentiable once. Where units have a group, every process of it must make
+        the call, forward and backward; batches may differ in size, an empty one is allowed, and so may the plans.
     """
     every = units if projection is None else (*units, projection)
     dtype = autocast_dtype(x)
@@ -96,14 +102,17 @@ class _Spec(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What backward knows of one unit: its raw output (None in Gram form) and the statistics it was normalised with;
-    in Gram form also the mean and the second moments of the unit's input."""
+    """What backward knows of one unit: its raw output (None in Gram form) and the statistics it was normalised with,
+    of `count` values per channel; in Gram form also the mean and the second moments of the unit's input, and how far
+    the mean of this process's outputs is from `mean`."""
 
     y: Any
     mean: Tensor
     var: Tensor
+    count: Any = None
     mu: Any = None
     moments: Any = None
+    offset: Any = None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -132,11 +141,14 @@ def _normalised(
 ) -> tuple[Tensor, _State]:
     """act(bn(y) + residual), the statistics taken from y or given."""
     if unit.training:
-        check_batch_statistics(y, unit.eps)
+        check_batch_statistics(y, unit.eps, unit.group is not None)
         running = (unit.running_mean, unit.running_var)
         args = (unit.gamma, unit.beta, *running, residual, unit.momentum, unit.eps, activation)
-        out, mean, var = dispatch.call("bn_act_train_forward", y, *args, backend=backend)
-        return out, _State(y, mean, var)
+        if unit.group is None:
+            out, *statistics = dispatch.call("bn_act_train_forward", y, *args, backend=backend)
+        else:
+            out, *statistics = sync_bn_act_forward(y, *args, unit.group, backend)
+        return out, _State(y, *statistics)
     state = _State(y, unit.running_mean, unit.running_var)  # type: ignore[arg-type]
     return _again(state, unit, residual, activation, backend), state
 
@@ -155,8 +167,11 @@ def _gram_forward(
 ) -> tuple[Tensor, _State] | None:
     """act(bn(conv(a)) + residual) as one convolution; `a` is what the 1x1 conv reads (already sampled).
 
-    None where the variances would lose their digits (rows of W nearly in the null space of K), checked on the CPU.
+    None where `a` is empty, or the variances would lose their digits (rows of W nearly in the null space of K), checked
+    on the CPU.
     """
+    if not a.numel():
+        return None
     weight = unit.weight.flatten(1).to(accumulate_dtype(a.dtype))
     on_cpu = a.device.type == "cpu"
     if not unit.training:
@@ -164,26 +179,33 @@ def _gram_forward(
         state = _State(None, mean, var)  # type: ignore[arg-type]
         folded, shift = fold(unit.weight, None, unit.gamma, unit.beta, mean, var, unit.eps)  # type: ignore[arg-type]
     else:
-        check_batch_statistics(a, unit.eps)
+        check_batch_statistics(a, unit.eps, unit.group is not None)
         rows = _rows(a)
         mu, moments = dispatch.call("second_moments", rows, backend=backend)
         count = rows.shape[0]
-        mean, var = weight @ mu, ((weight @ moments) * weight).sum(1).div_(count).clamp_(min=0)
+        own, var = weight @ mu, ((weight @ moments) * weight).sum(1).div_(count).clamp_(min=0)
         if on_cpu:
             magnitude = (weight.abs() @ moments.diagonal().clamp(min=0).sqrt()).square_().div_(count)
             lost = magnitude.mul_(torch.finfo(weight.dtype).eps) > _CANCELLED * (var + unit.eps)
             if bool(lost.any()):
                 return None
-        update_running_stats(unit.running_mean, unit.running_var, mean, var, unit.momentum, count)
-        state = _State(None, mean, var, mu, moments)
+        running = (unit.running_mean, unit.running_var)
+        mean, var, total = merge_statistics(own, var, count, *running, unit.momentum, unit.group)
+        state = _State(None, mean, var, total, mu, moments, own - mean)
         folded, _ = fold(unit.weight, None, unit.gamma, unit.beta, mean, var, unit.eps)
         # From the rounded weights, so that their rounding shifts no channel's mean.
-        shift = -(folded.flatten(1).to(weight.dtype) @ mu)
+        shift = _scale(unit, var) * state.offset - folded.flatten(1).to(weight.dtype) @ mu
         shift = (shift if unit.beta is None else shift + unit.beta).to(a.dtype)
     if on_cpu and not bool(torch.isfinite(shift).all()):
         backend = "reference"  # oneDNN's ReLU would turn NaN into 0 and hide it
     args = (folded, shift, residual, (1, 1), (0, 0), (1, 1), 1, activation)
     return dispatch.call("conv_bias_act_forward", a, *args, backend=backend), state
+
+
+def _scale(unit: Unit, var: Tensor) -> Tensor:
+    """gamma / sqrt(var + eps) in the type of `var`."""
+    rstd = torch.rsqrt(var + unit.eps)
+    return rstd if unit.gamma is None else rstd * unit.gamma.to(var.dtype)
 
 
 def _gram_backward(g: Tensor, a: Tensor, unit: Unit, state: _State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -192,18 +214,20 @@ def _gram_backward(g: Tensor, a: Tensor, unit: Unit, state: _State) -> tuple[Ten
     weight = unit.weight.flatten(1).to(acc)
     g_rows, a_rows = _rows(g), _rows(a)
     q, s1 = _products(g_rows, a_rows, acc)
-    mean, rstd = state.mean.to(acc), torch.rsqrt(state.var.to(acc) + unit.eps)
+    mean, var = state.mean.to(acc), state.var.to(acc)
+    rstd, scale = torch.rsqrt(var + unit.eps), _scale(unit, var)
     s2 = rstd * ((q * weight).sum(1) - mean * s1)
-    scale = rstd if unit.gamma is None else unit.gamma.to(acc) * rstd
     scaled = scale[:, None] * weight
+    dweight = scale[:, None] * q
     if not unit.training:
         da = g_rows @ scaled.to(g.dtype)
-        return _images(da, a), (scale[:, None] * q).view_as(unit.weight), s2, s1
-    count = g_rows.shape[0]
-    slope = -scale * rstd * s2 / count  # B
-    dweight = scale[:, None] * (q - s1[:, None] * state.mu) + slope[:, None] * (weight @ state.moments)
+        return _images(da, a), dweight.view_as(unit.weight), s2, s1
+    mean_g, mean_gx = mean_gradients(s1, s2, state.count, unit.group)
+    slope = -scale * rstd * mean_gx  # B
+    rest = slope * state.offset - scale * mean_g  # e
+    dweight.addcmul_(slope[:, None], weight @ state.moments).addr_(g_rows.shape[0] * rest, state.mu)
     h = weight.t() @ (slope[:, None] * weight)
-    shift = (state.mu @ h + (scale * s1 / count) @ weight).neg_()
+    shift = rest @ weight - state.mu @ h
     da = torch.addmm(shift.to(g.dtype), a_rows, h.to(g.dtype)).addmm_(g_rows, scaled.to(g.dtype))
     return _images(da, a), dweight.view_as(unit.weight), s2, s1
 
@@ -366,7 +390,11 @@ def _with_output(state: _State, unit: Unit, a: Tensor) -> _State:
 def _bn_backward(
     grad: Tensor, out: Tensor | None, unit: Unit, state: _State, activation: str | None, residual: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    args = (state.y, out, unit.gamma, unit.beta, state.mean, state.var, unit.eps, activation, unit.training, residual)
+    known = (state.y, out, unit.gamma, unit.beta, state.mean, state.var)
+    if unit.training and unit.group is not None:
+        options = (state.count, unit.eps, activation, residual, unit.group, backend)
+        return sync_bn_act_backward(grad, *known, *options)
+    args = (*known, unit.eps, activation, unit.training, residual)
     return dispatch.call("bn_act_backward", grad, *args, backend=backend)
 
 
