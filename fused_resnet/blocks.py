@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_resnet import batchnorm, dispatch
-from fused_resnet.modules import FusedModule, Units, as_leaf, has_pairs, is_watched, unfused_reason
+from fused_resnet.inference import InferencePlan, PlanCache, Watch
+from fused_resnet.modules import Call, FusedModule, Units, as_leaf, has_pairs, is_watched, unfused_reason
 from fused_resnet.ops.checks import autocast_dtype, is_channels_last, is_traced, needs_grad
 from fused_resnet.ops.residual_block import Plan, Unit, residual_block
 from fused_resnet.plans import plan_block
@@ -58,6 +60,10 @@ def run_blocks(stages: Iterable[nn.Module], x: Tensor, overwrite: bool) -> Tenso
                 and type(block).forward is ResidualBlock.forward
                 and not is_watched(block)
             ):
+                planned, _ = block._inference.get(x)
+                if planned is not None:
+                    x, overwrite = planned.run(x, overwrite), True
+                    continue
                 fused = not block.unfused()  # else a hook on a part may keep what it saw
                 x, overwrite = block._run(x, overwrite and fused), fused
             else:
@@ -82,6 +88,11 @@ class ResidualBlock(FusedModule):
     def __init__(self) -> None:
         super().__init__()
         self.register_parameter("residual_scale", None)
+        self._inference = PlanCache()
+
+    def refresh(self) -> None:
+        super().refresh()
+        self._inference.clear()
 
     def units(self) -> Units:
         found: Units = {conv: (getattr(self, conv), getattr(self, bn), self.relu) for conv, bn in self._UNITS}
@@ -111,6 +122,21 @@ class ResidualBlock(FusedModule):
 
     def _run(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """`forward`; with `overwrite`, nobody else reads x, so that inference may write the output over it."""
+        planned, situation = self._inference.get(x)
+        if planned is not None:
+            return planned.run(x, overwrite)
+        if situation is None or self.unfused():
+            return self._run_units(x, overwrite)
+        watch = Watch(self)
+        calls: dict[str, Call] = {}
+        out = self._run_units(x, overwrite, calls)
+        if calls.keys() == self.units().keys() and watch.sees_writes():
+            projection = calls.pop("downsample", None)
+            row = tuple(calls[name] for name, _ in self._UNITS)
+            self._inference.put(InferencePlan(situation, watch, row, projection))
+        return out
+
+    def _run_units(self, x: Tensor, overwrite: bool, calls: dict[str, Call] | None = None) -> Tensor:
         plan = self._plan(x)
         if plan is not None:
             return self._whole(x, plan)
@@ -118,15 +144,15 @@ class ResidualBlock(FusedModule):
             shortcut = x
         elif self._projection():
             conv, bn = cast(nn.Sequential, self.downsample)
-            shortcut = self._conv_bn_act("downsample", x, conv, bn)
+            shortcut = self._conv_bn_act("downsample", x, conv, bn, calls=calls)
             overwrite = unfused_reason(conv, bn, None) is None
         else:
             shortcut, overwrite = self.downsample(x), False
         *first, (last_conv, last_bn) = self._UNITS
         for name, norm in first:
-            x = self._conv_bn_act(name, x, getattr(self, name), getattr(self, norm), self.relu)
+            x = self._conv_bn_act(name, x, getattr(self, name), getattr(self, norm), self.relu, calls=calls)
         last = (getattr(self, last_conv), getattr(self, last_bn), self.relu)
-        return self._conv_bn_act(last_conv, x, *last, shortcut, self.residual_scale, overwrite)
+        return self._conv_bn_act(last_conv, x, *last, shortcut, self.residual_scale, overwrite, calls)
 
     def _plan(self, x: Tensor) -> Plan | None:
         """How the block runs as one op: where gradients are taken of channels_last tensors, and nothing is odd.
@@ -136,7 +162,7 @@ class ResidualBlock(FusedModule):
         """
         if not self._fused or self.memory == "fast":
             return None
-        if not needs_grad(x, *self.parameters()) or is_traced(x):
+        if not torch.is_grad_enabled() or not needs_grad(x, *self.parameters()) or is_traced(x):
             return None
         units = self.units()
         merged = any(_group(bn) is not None for _, bn, _ in units.values())

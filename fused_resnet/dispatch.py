@@ -8,8 +8,10 @@ A *backend* is a module of `fused_resnet.backends` that has some of the function
 
 and may have
 
-    untested(op, x) -> None | reason               not proven equal to reference on x's device, dtype and layout:
-                                                   asked by the automatic choice, not by an explicit request
+    untested(op, x) -> None | reason               not proven equal to reference on x's device, dtype and layout
+    slower(primitive, *args) -> None | reason      a backend behind it in the order is faster at this call
+
+which the automatic choice asks, an explicit request does not.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ AUTOMATIC: dict[str, dict[str, tuple[str, ...]]] = {
         "bn_act": ("cpp", "reference"),
         "bn_act_pool": ("cpp", "reference"),
         "bn_bn_act": ("cpp", "reference"),
-        "conv_bias_act": ("library", "cpp", "reference"),
+        "conv_bias_act": ("cpp", "library", "reference"),
         "conv_bn_act": ("library", "cpp", "reference"),
         "residual_block": ("reference",),
     },
@@ -204,23 +206,35 @@ def choose(primitive: str, x: Tensor, *args: Any, backend: str | None = None) ->
         function, reason = _refusal(name, primitive, x, args)
         if function is None:
             raise BackendUnavailableError(f"backend {name!r} cannot serve {primitive} on {x.device.type}: {reason}")
-        return _choice(name, function)
+        return _choice(name, primitive, function, x, args)
     skipped: list[tuple[str, str]] = []
     for name in AUTOMATIC.get(x.device.type, {}).get(_OP_OF[primitive], _ELSEWHERE):
         function, reason = _refusal(name, primitive, x, args)
         if function is not None:
-            untested = getattr(_module(name), "untested", None)
-            reason = None if untested is None else untested(_OP_OF[primitive], x)
+            module = _module(name)
+            if hasattr(module, "untested"):
+                reason = module.untested(_OP_OF[primitive], x)
+            elif hasattr(module, "slower"):
+                reason = module.slower(primitive, x, *args)
             if reason is None:
-                return _choice(name, function, tuple(skipped))
+                return _choice(name, primitive, function, x, args, tuple(skipped))
         skipped.append((name, str(reason)))
     raise AssertionError(f"no backend serves {primitive}: {skipped}")  # "reference" refuses nothing
 
 
-def _choice(name: str, function: Callable[..., Any], skipped: tuple[tuple[str, str], ...] = ()) -> Choice:
+def _choice(
+    name: str,
+    primitive: str,
+    function: Callable[..., Any],
+    x: Tensor,
+    args: tuple,
+    skipped: tuple[tuple[str, str], ...] = (),
+) -> Choice:
     module = _module(name)
-    onto_residual = getattr(module, "conv_bias_act_onto_residual", None)
-    return Choice(name, function, getattr(module, "pack", None), onto_residual, skipped)
+    packs = primitive == "conv_bias_act_forward" and getattr(module, "packs", None)
+    if not packs or not packs(x, *args):
+        return Choice(name, function, skipped=skipped)
+    return Choice(name, function, module.pack, module.conv_bias_act_onto_residual, skipped)
 
 
 def call(primitive: str, x: Tensor, *args: Any, backend: str | None = None) -> Any:
@@ -263,6 +277,8 @@ class BackendTable(list[Row]):
 def backend_table() -> BackendTable:
     """Per op, device and backend: live (what the automatic choice takes there for fp32), or the reason why not.
 
+    A backend that is live for some calls alone says for which; the next live one serves the others.
+
     Where a backend must prove itself on a device before it is chosen, it does so now (seconds, once per process).
     """
     rows = BackendTable()
@@ -279,6 +295,10 @@ def backend_table() -> BackendTable:
                 if reason is None and hasattr(module, "switched_off"):
                     reason = module.switched_off(device)
                 note = getattr(module, "NOTES", {}).get(op, "")
+                partly = module.partly(op) if hasattr(module, "partly") and name in order else None
+                if reason is None and live is None and partly is not None:
+                    rows.append(Row(op, device, name, *partly))
+                    continue
                 if reason is None and name in order and live is None and hasattr(module, "untested"):
                     reason = module.untested(op, torch.empty((1, 2, 2, 2), device=device))
                     note = "equal to reference on this device: its self-check passed"

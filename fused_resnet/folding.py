@@ -67,6 +67,11 @@ _unseen_steps = 0
 _watching = False
 
 
+def unseen_steps() -> int:
+    """How often an optimizer has written to parameters behind their version counters."""
+    return _unseen_steps
+
+
 def _count_unseen_step() -> None:
     global _unseen_steps
     _unseen_steps += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -23,8 +24,9 @@ from fused_resnet.ops.checks import (
 from fused_resnet.ops.conv_bias_act import conv_layout, conv_output_shape
 from fused_resnet.sync_batchnorm import SyncBatchNorm
 
+Call = Callable[[Tensor, Tensor | None, bool], Tensor]  # (x, residual, whether to write over it) -> output
 Units = dict[str, tuple[nn.Module, nn.Module, nn.Module | None]]
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OVERRIDES = ("forward", "_conv_forward")
 _PLAIN = (nn.Parameter, Tensor, type(None))
 
@@ -58,7 +60,7 @@ def unfused_reason(
         if type(child) is not expected:  # a subclass, a parametrized or a wrapped module may compute something else
             return f"{type(child).__name__} is not {expected.__name__}"
         state = child.__dict__
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             if state[hooks]:
                 return f"a hook is set on its {expected.__name__}"
         if any(name in state for name in _OVERRIDES):
@@ -72,7 +74,7 @@ def unfused_reason(
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a call of the module may show more than its forward: hooks, or a forward of its own."""
-    return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in _HOOKS)
+    return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in HOOKS)
 
 
 def _norm(bn: nn.Module | None) -> type[nn.Module]:
@@ -143,10 +145,12 @@ class FusedModule(nn.Module):
         residual: Tensor | None = None,
         scale: Tensor | None = None,
         overwrite: bool = False,
+        calls: dict[str, Call] | None = None,
     ) -> Tensor:
         """act(scale * bn(conv(x)) + residual), fused where it may be. `name` is the unit's key in the cache.
 
-        `overwrite`: nobody else reads the residual, so that inference may write the result over it.
+        `overwrite`: nobody else reads the residual, so that inference may write the result over it. `calls` receives,
+        under the unit's name, the convolution with folded weights where it came to that.
         """
         if not self._fused or isinstance(x, Proxy) or unfused_reason(conv, bn, act, _norm(bn)) is not None:
             return self._unfused(x, conv, bn, act, residual, scale)
@@ -159,7 +163,7 @@ class FusedModule(nn.Module):
             return bn.bn_act(conv(x), *batchnorm.affine(bn, scale), residual, activation)
         inference = not training and not needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias, residual, scale)
         if inference and not is_traced(x):
-            y = self._infer(name, x, conv, bn, activation, residual, scale, overwrite)
+            y = self._infer(name, x, conv, bn, activation, residual, scale, overwrite, calls)
             if y is not None:
                 return y
         if not dispatch.is_fused("conv_bn_act" if inference else "bn_act", x.device.type):
@@ -207,6 +211,7 @@ class FusedModule(nn.Module):
         residual: Tensor | None,
         scale: Tensor | None = None,
         overwrite: bool = False,
+        calls: dict[str, Call] | None = None,
     ) -> Tensor | None:
         """The unit with kept folded weights; None where the backend does not fold, or for the op to refuse."""
         weight = conv.weight
@@ -225,28 +230,41 @@ class FusedModule(nn.Module):
             return None
         if residual is not None and (residual.shape, residual.dtype, residual.device) != (out_shape, x.dtype, x.device):
             return None
-        choice = dispatch.choose("conv_bias_act_forward", x, weight, activation)
+        x, residual = conv_layout(x, weight, residual)
+        choice = dispatch.choose("conv_bias_act_forward", x, weight, *geometry, activation)
         if choice.pack is None:
             return None
-        x, residual = conv_layout(x, weight, residual)
         channels_last = is_channels_last(x)
         cache = self._folded.get(name)
         if cache is None:
             cache = self._folded[name] = FoldCache()
         tensors = (weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, scale)
-        key = (x.dtype, channels_last, bn.eps, geometry)
-        folded = cache.get(tensors, key)
-        if folded is None:
+        key = (choice.backend, x.dtype, channels_last, bn.eps, geometry, activation)
+        call = cache.get(tensors, key)
+        if call is None:
             stamp = cache.stamp(tensors)
             names = ("bias", "gamma", "beta", "running_mean", "running_var")
             check_channels("conv_bn_act", x, weight.shape[0], zip(names, tensors[1:-1], strict=True))
             gamma, beta = batchnorm.affine(bn, scale)
             mean, var = cast("tuple[Tensor, Tensor]", (bn.running_mean, bn.running_var))
             w, b = fold(weight, conv.bias, gamma, beta, mean, var, bn.eps, x.dtype)
-            folded = (choice.pack(w, tuple(x.shape), *geometry) if channels_last else w, b)
-            cache.put(stamp, key, folded)
-        function = choice.onto_residual if overwrite and choice.onto_residual is not None else choice.function
-        return function(x, *folded, residual, *geometry, activation)
+            packed = choice.pack(w, tuple(x.shape), *geometry) if channels_last else w
+            call = _call(choice, packed, b, *geometry, activation)
+            cache.put(stamp, key, call)
+        if calls is not None:
+            calls[name] = call
+        return call(x, residual, overwrite)
+
+
+def _call(choice: dispatch.Choice, weight: Tensor, bias: Tensor, *options: Any) -> Call:
+    function, onto_residual = choice.function, choice.onto_residual
+
+    def call(x: Tensor, residual: Tensor | None, overwrite: bool) -> Tensor:
+        if overwrite and residual is not None and onto_residual is not None:
+            return onto_residual(x, weight, bias, residual, *options)
+        return function(x, weight, bias, residual, *options)
+
+    return call
 
 
 def as_leaf(module: nn.Module, x: Proxy, *args: Any) -> Proxy:

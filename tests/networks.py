@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet import dispatch
+from fused_resnet.inference import InferencePlan
 
 # name -> (block, layers, options): four blocks hold all that a deep one does, in a fraction of the time.
 SMALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -175,9 +176,13 @@ def units_of(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def primitives(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Counts, per primitive, the functions that `dispatch` hands out within the block: what ran fused."""
+    """Counts, per primitive, what runs fused within the block: what `dispatch` hands out, the calls of kept plans."""
     counts: Counter[str] = Counter()
-    choose = dispatch.choose
+    choose, run = dispatch.choose, InferencePlan.run
+
+    def planned(plan: InferencePlan, *args: Any) -> Tensor:
+        counts["conv_bias_act_forward"] += len(plan.calls) + (plan.projection is not None)
+        return run(plan, *args)
 
     def counted(primitive: str, *args: Any, **kwargs: Any) -> dispatch.Choice:
         counts[primitive] += 1
@@ -185,4 +190,5 @@ def primitives(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "choose", counted)
+        patch.setattr(InferencePlan, "run", planned)
         yield counts

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fused_resnet as fr
 from fused_resnet import dispatch
+from fused_resnet.backends import cpp
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -253,6 +254,8 @@ def test_choices_agree(dtype: torch.dtype) -> None:
     choice = dispatch.choose("conv_bias_act_forward", x, *args)
     assert choice.backend == ("library" if refused("library", dtype) is None else choice.backend)
     for name, reason in choice.skipped:
+        if name == "cpp" and cpp.slower("conv_bias_act_forward", x, *args) == reason:
+            continue  # it could serve the call
         with pytest.raises(fr.BackendUnavailableError, match=reason):
             dispatch.choose("conv_bias_act_forward", x, *args, backend=name)
 

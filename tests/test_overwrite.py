@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from networks import images, randomise
 from torch import Tensor, nn
 
 from fused_resnet import BasicBlock, Bottleneck, ResNet, use_backend
-from fused_resnet.backends import library
+from fused_resnet.backends import cpp, library
 
 pytestmark = pytest.mark.skipif(library.unavailable("cpu") is not None, reason="this torch was built without oneDNN")
 
@@ -28,15 +29,20 @@ def _net(kind: str) -> ResNet:
 def overwritten(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The shortcuts that were written over."""
     seen: list[Tensor] = []
-    original = library.conv_bias_act_onto_residual
 
-    def spy(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *args: object) -> Tensor:
-        seen.append(residual)
-        out = original(x, weight, bias, residual, *args)  # type: ignore[arg-type]
-        assert out.data_ptr() == residual.data_ptr()
-        return out
+    def watch(backend: ModuleType) -> None:
+        original = backend.conv_bias_act_onto_residual
 
-    monkeypatch.setattr(library, "conv_bias_act_onto_residual", spy)
+        def spy(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *args: object) -> Tensor:
+            seen.append(residual)
+            out = original(x, weight, bias, residual, *args)
+            assert out.data_ptr() == residual.data_ptr()
+            return out
+
+        monkeypatch.setattr(backend, "conv_bias_act_onto_residual", spy)
+
+    watch(library)
+    watch(cpp)
     return seen
 
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 // Plain loops are compiled once per x86 level and chosen at load time. Everything they call must be FR_HD (always inlined).
@@ -32,6 +33,18 @@ void parallel_items(int64_t n, int64_t work, bool reverse, const F& f) {
   parallel_ranges(n, work, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(reverse ? begin + end - 1 - i : i);
   });
+}
+
+// f(next) on each thread; next() gives the next item of [0, n), or -1. So a thread that another program slows down, or a
+// slower core, takes fewer items.
+template <typename F>
+void parallel_dynamic(int64_t n, int64_t work, const F& f) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&] {
+    const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
+    return item < n ? item : -1;
+  };
+  parallel_ranges(n, work, [&](int64_t, int64_t) { f(next); });
 }
 
 }  // namespace fused_resnet

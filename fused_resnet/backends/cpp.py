@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_resnet.backends import library
 from fused_resnet.folding import accumulate_dtype, update_running_stats
+from fused_resnet.ops.checks import is_channels_last
 
 _SCHEMAS = (
     "add_relu_forward(Tensor x, Tensor residual) -> Tensor",
@@ -31,7 +33,13 @@ _SCHEMAS = (
     " bool with_offsets) -> (Tensor out, Tensor offsets)",
     "bn_act_pool_backward(Tensor grad, Tensor offsets, Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
     " float eps, bool relu, bool training) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)",
+    "conv_available() -> bool",
+    "conv_pack(Tensor weight) -> Tensor",
+    "conv_bias_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor(a!) out, int stride_h, int stride_w,"
+    " int pad_h, int pad_w, int dilation_h, int dilation_w, bool relu) -> ()",
 )
+_PANEL = 32  # output channels that csrc's convolution takes at a time
+_MOST_IMAGES = 8  # in a batch, up to which that convolution was measured to be the faster one
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NOTES = {
     "conv_bias_act": "conv in torch, epilogue in csrc",
@@ -75,6 +83,44 @@ def unavailable(device_type: str) -> str | None:
 
 def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
     return None if x.dtype in _DTYPES else f"no kernels for {x.dtype}"
+
+
+@functools.cache
+def conv_unavailable() -> str | None:
+    """Why csrc's own convolution cannot be used here, or None."""
+    return _load() or (None if _ops.conv_available.default() else "csrc's convolution needs AVX-512")
+
+
+def _is_direct(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether csrc's own convolution serves the call."""
+    if x.dtype != torch.float32 or groups != 1 or x.dim() != 4 or conv_unavailable() is not None:
+        return False
+    return weight.dim() == 5 or (weight.dtype == x.dtype and x.numel() > 0 and is_channels_last(x))
+
+
+def partly(op: str) -> tuple[bool, str] | None:
+    """Where the automatic choice does not take this backend for all calls: (whether for some, for which or why not)."""
+    if op != "conv_bias_act":
+        return None
+    reason = conv_unavailable()
+    if reason is not None:
+        return False, f"on request; {reason}"
+    return True, f"float32, channels_last, output channels in multiples of {_PANEL}, up to {_MOST_IMAGES} images"
+
+
+def slower(primitive: str, x: Tensor, *args: Any) -> str | None:
+    """Why another backend is faster at this call, which the automatic choice asks."""
+    if not primitive.startswith("conv_") or library.unavailable("cpu") or library.supports(primitive, x, *args):
+        return None
+    if primitive == "conv_bn_act_forward":
+        return "oneDNN's fused convolution is faster"
+    weight, *_, groups, _ = args
+    if not _is_direct(x, weight, groups):
+        return conv_unavailable() or "csrc's convolution is for float32 in channels_last, ungrouped"
+    if x.shape[0] > _MOST_IMAGES:
+        return f"oneDNN's fused convolution is as fast for more than {_MOST_IMAGES} images"
+    channels = weight.shape[0]
+    return None if channels % _PANEL == 0 else f"csrc's convolution wastes work on {channels} output channels"
 
 
 @overload
@@ -247,12 +293,70 @@ def conv_bias_act_forward(
     groups: int,
     activation: str | None,
 ) -> Tensor:
+    """As `reference.conv_bias_act_forward`; the weight may be packed, then there is a bias."""
+    if _is_direct(x, weight, groups):
+        return _direct(x, weight, bias, residual, None, stride, padding, dilation, activation)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if activation == "relu" and residual is not None:
         return add_relu_forward(y, _like(residual, y))
     if residual is not None:
         y += residual
     return y.relu_() if activation == "relu" else y
+
+
+def conv_bias_act_onto_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str | None,
+) -> Tensor:
+    """As `conv_bias_act_forward`, written over the residual where that saves a new tensor's pages."""
+    if _is_direct(x, weight, groups) and is_channels_last(residual):
+        return _direct(x, weight, bias, residual, residual, stride, padding, dilation, activation)
+    return conv_bias_act_forward(x, weight, bias, residual, stride, padding, dilation, groups, activation)
+
+
+def _direct(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    activation: str | None,
+) -> Tensor:
+    """csrc's own convolution of a channels_last x, into `out` or a new tensor."""
+    if weight.dim() == 5:
+        _, r, s, *_ = weight.shape
+        channels = bias.shape[0]  # type: ignore[union-attr]
+    else:
+        channels, _, r, s = weight.shape
+        weight = _ops.conv_pack.default(weight)
+    if out is None:
+        height = (x.shape[2] + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
+        width = (x.shape[3] + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+        out = x.new_empty((x.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+    if residual is not None:
+        residual = _like(residual, out)
+    _ops.conv_bias_act.default(x, weight, bias, residual, out, *stride, *padding, *dilation, activation == "relu")
+    return out
+
+
+def packs(x: Tensor, weight: Tensor, *args: Any) -> bool:
+    """Whether `pack` makes of a weight what `conv_bias_act_forward` runs on at once."""
+    return _is_direct(x, weight, args[-2])
+
+
+def pack(weight: Tensor, *_: Any) -> Tensor:
+    """A (K, C, R, S) weight as csrc's convolution reads it: (panels of 32 channels, R, S, C, 32)."""
+    return _ops.conv_pack.default(weight)
 
 
 def conv_bn_act_forward(

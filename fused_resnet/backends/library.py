@@ -52,6 +52,11 @@ def supports(primitive: str, x: Tensor, weight: Tensor, *args: Any) -> str | Non
     return None if args[-1] == "relu" else "cuDNN's fused calls end in a ReLU"
 
 
+def packs(x: Tensor, weight: Tensor, *args: Any) -> bool:
+    """Whether modules had better keep BN folded into the weight, and packed: always."""
+    return True
+
+
 def pack(
     weight: Tensor,
     input_shape: tuple[int, ...],

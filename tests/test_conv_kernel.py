@@ -1,0 +1,175 @@
+"""csrc's own convolution: against float64 over shapes that reach every way it cuts its work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_resnet import dispatch
+from fused_resnet.backends import cpp, library
+
+reason = cpp.conv_unavailable()
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.randn(*shape).contiguous(memory_format=torch.channels_last)
+
+
+def conv(x: Tensor, weight: Tensor, bias: Any, residual: Any, *options: Any, out: Tensor | None = None) -> Tensor:
+    return cpp._direct(x, weight, bias, residual, out, *options)
+
+
+def check(
+    n: int, c: int, size: tuple[int, int], k: int, kernel: tuple[int, int], stride: Any, padding: Any, dilation: Any
+) -> None:
+    """With and without bias, residual and ReLU; the residual apart and written over; nothing around the output."""
+    x, weight, bias = channels_last(n, c, *size), torch.randn(k, c, *kernel), torch.randn(k)
+    exact = F.conv2d(x.double(), weight.double(), None, stride, padding, dilation)
+    torchs = F.conv2d(x, weight, None, stride, padding, dilation)
+    residual = channels_last(*exact.shape)
+    budget = 2 * (torchs - exact).norm() / exact.norm() + 4 * torch.finfo(x.dtype).eps
+    for b, r, activation in (
+        (None, None, None),
+        (bias, None, "relu"),
+        (bias, residual, "relu"),
+        (None, residual, None),
+    ):
+        expected = exact if b is None else exact + b.double().view(-1, 1, 1)
+        expected = expected if r is None else expected + r
+        expected = expected.relu() if activation else expected
+        guarded = torch.full((expected.numel() + 64,), 7.0)
+        inner = guarded[32:-32].view(n, *expected.shape[2:], k).permute(0, 3, 1, 2)
+        onto = r.clone(memory_format=torch.channels_last) if r is not None else None
+        results = [conv(x, weight, b, r, stride, padding, dilation, activation)]
+        results.append(conv(x, weight, b, r, stride, padding, dilation, activation, out=inner))
+        if onto is not None:
+            results.append(conv(x, weight, b, onto, stride, padding, dilation, activation, out=onto))
+        for y in results:
+            assert (y - expected).norm() <= budget * expected.norm().clamp(min=1e-30)
+            assert torch.equal(y, results[0])
+        assert torch.all(torch.cat([guarded[:32], guarded[-32:]]) == 7)
+
+
+SHAPES = {
+    "stem": (2, 3, (37, 45), 64, (7, 7), (2, 2), (3, 3), (1, 1)),
+    "1x1": (2, 64, (19, 13), 64, (1, 1), (1, 1), (0, 0), (1, 1)),
+    "1x1, one pixel": (1, 40, (1, 1), 32, (1, 1), (1, 1), (0, 0), (1, 1)),
+    "1x1, crowded": (2, 1024, (7, 9), 96, (1, 1), (1, 1), (0, 0), (1, 1)),
+    "1x1, crowded, in parts": (1, 2048, (7, 7), 64, (1, 1), (1, 1), (0, 0), (1, 1)),
+    "1x1, sampled": (2, 64, (15, 14), 128, (1, 1), (2, 2), (0, 0), (1, 1)),
+    "1x1, sampled, crowded": (2, 512, (15, 14), 128, (1, 1), (2, 2), (0, 0), (1, 1)),
+    "1x1, padded": (1, 16, (5, 6), 32, (1, 1), (1, 1), (1, 2), (1, 1)),
+    "3x3": (2, 64, (20, 17), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3, two rows a tile": (1, 128, (7, 7), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3, in parts": (1, 320, (7, 5), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3, crowded, in parts": (2, 512, (9, 8), 64, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "3x3, stride 2": (3, 48, (14, 14), 96, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "3x3, dilated": (2, 32, (21, 19), 64, (3, 3), (1, 1), (2, 2), (2, 2)),
+    "3x3, dilated in a row, in parts": (1, 256, (9, 12), 32, (3, 3), (1, 1), (1, 4), (1, 4)),
+    "no padding": (2, 24, (9, 11), 32, (3, 3), (1, 1), (0, 0), (1, 1)),
+    "1x5, long": (1, 700, (4, 9), 32, (1, 5), (1, 2), (0, 2), (1, 1)),
+    "channels that 32 does not divide": (2, 5, (9, 9), 43, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "fewer channels than a vector": (2, 17, (9, 9), 3, (3, 2), (1, 1), (1, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_against_float64(shape: Any) -> None:
+    check(*shape)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_shape(data: st.DataObject) -> None:
+    draw = lambda least, most: data.draw(st.integers(least, most))  # noqa: E731
+    kernel, dilation = (draw(1, 4), draw(1, 4)), (draw(1, 3), draw(1, 3))
+    stride, padding = (draw(1, 3), draw(1, 3)), tuple(draw(0, size - 1) for size in kernel)
+    least = [dilation[i] * (kernel[i] - 1) + 1 for i in range(2)]
+    size = tuple(draw(least[i], least[i] + 40) for i in range(2))
+    torch.manual_seed(0)
+    check(draw(1, 3), draw(1, 40), size, draw(1, 70), kernel, stride, padding, dilation)
+
+
+def test_threads_and_batches_do_not_change_a_bit() -> None:
+    options = ((1, 1), (1, 1), (1, 1), "relu")
+    x, weight, bias = channels_last(3, 64, 14, 14), torch.randn(64, 64, 3, 3), torch.randn(64)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(conv(x, weight, bias, None, *options))
+    assert all(torch.equal(results[0], y) for y in results)
+    for i in range(3):
+        one = x[i : i + 1].contiguous(memory_format=torch.channels_last)
+        assert torch.equal(conv(one, weight, bias, None, *options), results[0][i : i + 1])
+
+
+def test_nan_stays() -> None:
+    x, weight = channels_last(1, 8, 6, 6), torch.randn(32, 8, 1, 1)
+    x[0, 3, 2, 4] = torch.nan
+    y = conv(x, weight, None, None, (1, 1), (0, 0), (1, 1), "relu")
+    assert y[0, :, 2, 4].isnan().all()
+    assert y.isnan().sum() == 32
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_packed_weights(layout: str) -> None:
+    weight = torch.randn(70, 9, 3, 2)
+    if layout == "channels_last":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        weight = torch.randn(3, 2, 9, 140)[..., ::2].permute(3, 2, 0, 1)
+    packed = cpp.pack(weight)
+    assert packed.shape == (3, 3, 2, 9, 32)
+    rows = packed.permute(0, 4, 3, 1, 2).reshape(96, 9, 3, 2)
+    assert torch.equal(rows[:70], weight)
+    assert not rows[70:].any()
+
+
+def test_wrong_operands_are_refused() -> None:
+    x, packed, out = channels_last(1, 8, 6, 6), cpp.pack(torch.randn(32, 8, 3, 3)), channels_last(1, 32, 6, 6)
+    call = torch.ops.fused_resnet_cpp.conv_bias_act.default
+    good = (x, packed, None, None, out, 1, 1, 1, 1, 1, 1, True)
+    call(*good)
+    for index, wrong, message in (
+        (0, x.contiguous(), "channels_last"),
+        (0, x.double(), "float32"),
+        (1, cpp.pack(torch.randn(32, 9, 3, 3)), "packed for x's channels"),
+        (2, torch.randn(31), "one element per channel"),
+        (3, channels_last(1, 32, 5, 6), "sizes of x"),
+        (4, channels_last(1, 32, 5, 6), "sizes of the convolution's result"),
+        (5, 0, "must be positive"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(*good[:index], wrong, *good[index + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("x", "k", "groups", "why"),
+    [
+        (channels_last(1, 8, 6, 6), 32, 1, None),
+        (channels_last(9, 8, 6, 6), 32, 1, "as fast for more than 8 images"),
+        (channels_last(1, 8, 6, 6), 48, 1, "wastes work on 48"),
+        (channels_last(1, 8, 6, 6), 32, 2, "ungrouped"),
+        (torch.randn(1, 8, 6, 6), 32, 1, "channels_last"),
+        (channels_last(1, 8, 6, 6).bfloat16(), 32, 1, "float32"),
+    ],
+    ids=["served", "batch", "channels", "groups", "layout", "dtype"],
+)
+def test_the_automatic_choice(x: Tensor, k: int, groups: int, why: str | None) -> None:
+    weight = torch.randn(k, 8 // groups, 3, 3, dtype=x.dtype)
+    args = (weight, None, None, (1, 1), (1, 1), (1, 1), groups, "relu")
+    if library.supports("conv_bias_act_forward", x, *args) is not None:
+        pytest.skip("oneDNN does not serve this call here, so that csrc does")
+    choice = dispatch.choose("conv_bias_act_forward", x, *args)
+    assert choice.backend == ("cpp" if why is None else "library")
+    assert why is None or why in dict(choice.skipped)["cpp"]
+    y = choice.function(x, *args)
+    torch.testing.assert_close(y, F.conv2d(x, weight, None, 1, 1, 1, groups).relu(), rtol=2e-2, atol=2e-2)
