@@ -193,6 +193,38 @@ class ResidualBlock(FusedModule):
         return residual_block(x, tuple(units.values()), projection, plan)
 
 
+def training_plans(
+    model: nn.Module, batch: int, size: int
+) -> list[tuple[str, ResidualBlock, tuple[int, ...], Plan | None]]:
+    """(name, block, input shape, plan) of each residual block, training on square images; None: unit by unit.
+
+    The shapes come from a forward of one image, in inference.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, ResidualBlock)}
+    handles = [
+        block.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: tuple(args[0].shape)}))
+        for name, block in blocks.items()
+    ]
+    training, conv = model.training, next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    try:
+        with torch.no_grad():
+            model.eval()(conv.weight.new_zeros(1, conv.in_channels, size, size))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    found = []
+    for name, block in blocks.items():
+        shape = (batch, *shapes[name][1:])
+        weight = next(block.parameters())
+        x = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
+        with torch.enable_grad():
+            found.append((name, block, shape, block.train()._plan(x)))
+        block.train(training)
+    return found
+
+
 class BasicBlock(ResidualBlock):
     """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut): two 3x3 convs, He et al. 2015, fig. 5 left.
 

@@ -24,6 +24,7 @@ import torch
 
 from fused_resnet import __version__, dispatch
 from fused_resnet.backends import cpp
+from fused_resnet.plans import MEMORY
 
 MODELS = (
     "resnet18",
@@ -133,7 +134,31 @@ def environment() -> dict[str, Any]:
     return info
 
 
+def print_plans(args: argparse.Namespace) -> int:
+    """How each block of a network runs in training on the CPU, where the Gram form is taken, and what is kept."""
+    import fused_resnet
+    from fused_resnet.blocks import training_plans
+
+    model = getattr(fused_resnet, args.plan)(memory=args.memory)
+    plans = training_plans(model, args.batch, args.size)
+    if args.json:
+        rows = [{"block": name, "input": shape, "plan": plan and plan._asdict()} for name, _, shape, plan in plans]
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(f"{args.plan}, training, batch {args.batch}, {args.size}x{args.size}, memory={args.memory!r}, on the CPU")
+    forms, kept = ("stored output", "Gram form"), {"balanced": "raw conv outputs", "low": "statistics alone"}
+    for name, block, shape, plan in plans:
+        how = "unit by unit; keeps raw and rectified conv outputs"
+        if plan is not None:
+            projected = f", projection: {forms[plan.gram_projection]}" if block.downsample is not None else ""
+            how = f"one op; last conv: {forms[plan.gram]}{projected}; keeps {kept[plan.memory]}"
+        print(f"{name:<10} {'x'.join(map(str, shape)):<16} {how}")
+    return 0
+
+
 def info(args: argparse.Namespace) -> int:
+    if args.plan:
+        return print_plans(args)
     found = environment()
     if args.json:
         print(json.dumps(found, indent=1))
@@ -346,7 +371,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="command")
 
     command = commands.add_parser("info", help="versions, devices, per op the live backend and why not the others")
-    command.add_argument("--json", action="store_true", help="as JSON")
+    add = command.add_argument
+    add("--json", action="store_true", help="as JSON")
+    add("--plan", choices=MODELS, metavar="M", help="instead: how each block of a network runs in training")
+    add("--batch", type=_at_least(1), default=32, metavar="N", help="with --plan: images in a batch (32)")
+    add("--size", type=_at_least(32), default=224, metavar="N", help="with --plan: pixels of an image's side (224)")
+    add("--memory", choices=MEMORY, default="balanced", help="with --plan: as the models' argument (balanced)")
     command.set_defaults(run=info)
 
     common = _Parser(add_help=False)

@@ -17,6 +17,7 @@ import torch
 import fused_resnet
 from fused_resnet import cli, dispatch
 from fused_resnet.backends import cpp, library
+from fused_resnet.blocks import training_plans
 
 bench, harness, photographs, plain, rivals = map(
     cli.load_benchmarks, ("bench_resnet", "harness", "photographs", "plain_resnet", "rivals")
@@ -84,6 +85,29 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["extension"]["build"] == cpp.build_info()
     assert found["backends"] == [row._asdict() for row in dispatch.backend_table()]
     assert len(found["gpus"]) == torch.cuda.device_count()
+
+
+def test_info_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed is what runs: the blocks that run as one op, and their Gram forms."""
+    options = ["--batch", "2", "--size", "64"]
+    assert cli.main(["info", "--plan", "resnet50", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 16
+    assert cli.main(["info", "--plan", "resnet50", *options, "--json", "--memory", "low"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["block"] for row in rows] == [line.split()[0] for line in lines]
+    assert rows[4]["input"] == [2, 512, 8, 8]
+    assert all(row["plan"]["memory"] == "low" for row in rows)
+    model = fused_resnet.resnet50(num_classes=3)
+    plans = training_plans(model, 2, 64)
+    assert [plan is None for *_, plan in plans] == ["unit by unit" in line for line in lines]
+    assert model.training
+    ran = []
+    for name, block, _, _ in plans:
+        whole = block._whole
+        block._whole = lambda x, plan, name=name, whole=whole: (ran.append((name, plan)), whole(x, plan))[1]
+    model(torch.randn(2, 3, 64, 64))
+    assert ran == [(name, plan) for name, _, _, plan in plans if plan is not None]
 
 
 def test_info_says_why_triton_is_not_live(capsys: pytest.CaptureFixture[str]) -> None:
