@@ -70,6 +70,9 @@ PASSES: dict[str, Callable[..., float]] = {
 }
 
 
+OWN_CONV = "fused_resnet_cpp.conv_bias_act"  # (x, packed weight, bias, residual, out, ...)
+
+
 def _nbytes(*values: Any) -> int:
     return sum(t.nbytes for t in {id(t): t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)}.values())
 
@@ -92,6 +95,10 @@ def cost(what: str, args: tuple[Any, ...], out: Any) -> tuple[float, float]:
         wanted = args[10]
         gradients = wanted[0] + wanted[1]
         return gradients * (grad.nbytes + weight.nbytes + x.nbytes), gradients * _conv_flops(weight, grad)
+    if what == OWN_CONV:
+        x, packed, bias, residual, out = args[:5]
+        over = out.nbytes if residual is out else 0  # read, then written
+        return _nbytes(x, packed, bias, residual, out) + over, 2.0 * packed[0, ..., 0].numel() * out.numel()
     if what == "aten.convolution" or what.startswith(("conv_", "mkldnn._convolution")):
         over = args[0].nbytes if what.endswith("_") else 0  # read, then written
         return _nbytes(args, out) + over, _conv_flops(_weight(what, args), out)
@@ -155,7 +162,7 @@ class Recorder(TorchDispatchMode):
         if func.is_view or func.namespace == "prim":
             return func(*args, **(kwargs or {}))
         what = f"{func.namespace}.{func.overloadpacket.__name__}"
-        by = "library" if func.namespace == "mkldnn" else "torch"  # blocks call oneDNN in place themselves
+        by = {"mkldnn": "library", "fused_resnet_cpp": "cpp"}.get(func.namespace, "torch")  # modules keep such calls
         return self._timed(what, by, func, args, kwargs or {})
 
     @contextmanager

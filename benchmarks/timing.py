@@ -30,11 +30,11 @@ def recorded_backends() -> Iterator[dict[str, set[str]]]:
         seen.setdefault(op.get(primitive, primitive), set()).add(f"{choice.backend} ({why})" if why else choice.backend)
         return choice
 
-    dispatch.choose = recording
+    dispatch.choose, dispatch.recorded = recording, True
     try:
         yield seen
     finally:
-        dispatch.choose = choose
+        dispatch.choose, dispatch.recorded = choose, False
 
 
 def why_unfused(job: Job) -> str:

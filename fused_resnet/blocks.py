@@ -125,7 +125,7 @@ class ResidualBlock(FusedModule):
         planned, situation = self._inference.get(x)
         if planned is not None:
             return planned.run(x, overwrite)
-        if situation is None or self.unfused():
+        if situation is None or self.unfused() or not (self.downsample is None or self._projection()):
             return self._run_units(x, overwrite)
         watch = Watch(self)
         calls: dict[str, Call] = {}

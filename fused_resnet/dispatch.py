@@ -101,6 +101,9 @@ def _initial() -> str:
         return "auto"
 
 
+# Whether somebody records the choices: each call then makes one, where blocks would take the calls that they kept.
+recorded = False
+
 _default = _initial()
 _scoped: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=None)
 _warned: set[str] = set()

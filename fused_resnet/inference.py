@@ -61,7 +61,7 @@ def situation(x: Tensor) -> tuple[Any, ...] | None:
     """What around a call decides how it is served; None where calls are not to be kept."""
     if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling() or call_reason() is not None:
         return None
-    if is_autocast(x) or not is_channels_last(x):
+    if dispatch.recorded or is_autocast(x) or not is_channels_last(x):
         return None
     return x.shape, x.dtype, x.device, dispatch.requested(), torch._C._get_mkldnn_enabled()
 

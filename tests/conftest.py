@@ -191,3 +191,8 @@ def torchvision() -> ModuleType:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _kept.append(library)
     return importlib.import_module("torchvision")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest group first, so that no process is left alone with it."""
+    items.sort(key=lambda item: "triton_backend" not in item.path.parts)

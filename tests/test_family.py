@@ -109,6 +109,9 @@ def test_fused_equals_unfused(name: str) -> None:
     fr.verify(model, x, train=True)
     fr.verify(model.eval(), x)
     fr.verify(model, x.contiguous(memory_format=torch.channels_last))
+    first = infer(model, x)
+    for _ in range(2):
+        torch.testing.assert_close(infer(model, x), first, rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
         fr.verify(model, x)
 

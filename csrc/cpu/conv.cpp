@@ -14,7 +14,7 @@
 #include "../checks.h"
 #include "parallel.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FR_CONV 1
 #include <immintrin.h>
 #endif
