@@ -321,7 +321,7 @@ def test_backend_table_is_what_runs() -> None:
     )
     x = torch.randn(1, 8, 9, 9).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(32, 8, 3, 3)
-    choice = dispatch.choose("conv_bias_act_forward", x, weight, None, None, *CONV[3:])
+    choice = dispatch.choose("conv_bias_act_forward", x, weight, *CONV[3:])  # to be kept packed
     assert choice.backend == next(b for op, b in live if op == "conv_bias_act")
 
 

@@ -41,16 +41,17 @@ def net(block: type[ResidualBlock] = fr.Bottleneck) -> fr.ResNet:
 BLOCKS = 5
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("block", [fr.BasicBlock, fr.Bottleneck])
-def test_second_calls_are_planned(block: type[ResidualBlock], runs: list[InferencePlan]) -> None:
-    model, x = net(block), images(2, 3, 64, 64)
+def test_second_calls_are_planned(block: type[ResidualBlock], count: int, runs: list[InferencePlan]) -> None:
+    model, x = net(block), images(count, 3, 64, 64)
     first = infer(model, x)
     assert not runs
     assert torch.equal(infer(model, x), first)
     assert len(runs) == BLOCKS
     assert [plan.projection is not None for plan in runs] == [block is fr.Bottleneck, False, True, True, True]
     alone = model.layer1[1]
-    y = images(2, 64 * block.expansion, 9, 9).contiguous(memory_format=torch.channels_last)
+    y = images(count, 64 * block.expansion, 9, 9).contiguous(memory_format=torch.channels_last)
     kept = y.clone()
     assert torch.equal(infer(alone, y), infer(alone, y))
     assert len(runs) == BLOCKS + 1
@@ -122,9 +123,10 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_are_seen(change: Callable[[nn.Module], Any], runs: list[InferencePlan]) -> None:
-    model, x = net(), images(2, 3, 64, 64)
+def test_changes_are_seen(change: Callable[[nn.Module], Any], count: int, runs: list[InferencePlan]) -> None:
+    model, x = net(), images(count, 3, 64, 64)
     before = infer(model, x)
     assert torch.equal(infer(model, x), before)
     assert len(runs) == BLOCKS

@@ -46,10 +46,11 @@ def overwritten(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("kind", BLOCKS)
 @torch.no_grad()
-def test_every_block_writes_over_its_shortcut(kind: str, overwritten: list[Tensor]) -> None:
-    net, x = _net(kind), images(2, 3, 64, 64)
+def test_every_block_writes_over_its_shortcut(kind: str, count: int, overwritten: list[Tensor]) -> None:
+    net, x = _net(kind), images(count, 3, 64, 64)
     kept = x.clone()
     y = net(x)
     assert len(overwritten) == 6
