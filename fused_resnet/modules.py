@@ -235,11 +235,12 @@ class FusedModule(nn.Module):
         if choice.pack is None:
             return None
         channels_last = is_channels_last(x)
-        cache = self._folded.get(name)
+        kept = f"{name}, {choice.backend}"  # batches and single images may alternate
+        cache = self._folded.get(kept)
         if cache is None:
-            cache = self._folded[name] = FoldCache()
+            cache = self._folded[kept] = FoldCache()
         tensors = (weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, scale)
-        key = (choice.backend, x.dtype, channels_last, bn.eps, geometry, activation)
+        key = (x.dtype, channels_last, bn.eps, geometry, activation)
         call = cache.get(tensors, key)
         if call is None:
             stamp = cache.stamp(tensors)

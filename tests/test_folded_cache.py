@@ -595,6 +595,7 @@ def test_sizes_and_layouts_change_between_calls(pair: tuple[nn.Module, nn.Module
     """Weights are packed for one input size, and serve every other."""
     ours, theirs = pair
     infer(ours, images(1, 3, 72, 72))  # 1x1 feature maps, as of the fixture, are NCHW and channels_last at once
+    infer(ours, images(1, 3, 96, 96))  # single images may have another backend
     folds.clear()
     for shape in ((2, 3, 64, 64), (1, 3, 80, 64), (5, 3, 47, 65), (1, 3, 97, 40), (2, 3, 64, 64)):
         assert_infers_as(ours, theirs, images(*shape))
@@ -703,7 +704,7 @@ def quiet_collector() -> Iterator[None]:
 
 @pytest.mark.usefixtures("quiet_collector")
 def test_many_calls_keep_no_more_memory(pair: tuple[nn.Module, nn.Module]) -> None:
-    """Nor do sizes, dtypes and weights that change at every call: one fold per unit is kept, the last."""
+    """Nor do sizes, dtypes and weights that change at every call: one fold per unit and backend is kept, the last."""
     ours, _ = pair
     calls = [images(1 + n % 3, 3, 32 + 8 * (n % 4), 32, seed=n) for n in range(6)]
     counts = []
@@ -717,7 +718,7 @@ def test_many_calls_keep_no_more_memory(pair: tuple[nn.Module, nn.Module]) -> No
         infer(ours, calls[0])
         counts.append(_tensors())
     assert counts[0] == counts[1] == counts[2]
-    assert entries(ours) == UNITS
+    assert UNITS <= entries(ours) <= 2 * UNITS
     ours.eval()
     assert _tensors()[0] < counts[0][0], "eval() gives the memory back"
 
