@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from fused_resnet.modules import HOOKS
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 MISSING = object()
 
@@ -39,7 +40,7 @@ def is_sequential(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__[hooks] for hooks in _HOOKS)
+    return any(module.__dict__[hooks] for hooks in HOOKS)
 
 
 def child(scope: nn.Module, path: str) -> nn.Module:
