@@ -166,7 +166,7 @@ ZOO: dict[str, Entry] = {
         }.items()
     },
     "torchvision:googlenet": Entry(_torchvision("googlenet", init_weights=False, **_10), (4, 3, 96, 96), 59),
-    "torchvision:densenet121": Entry(_torchvision("densenet121", **_10), (4, 3, 64, 64), 62, 59),
+    "torchvision:densenet121": Entry(_torchvision("densenet121", **_10), (4, 3, 64, 64), 121),
     "torchvision:segmentation.fcn_resnet50": Entry(
         _torchvision("segmentation.fcn_resnet50", **_SEGMENTATION), (2, 3, 64, 64), 54
     ),

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
-from fused_resnet import batchnorm, dispatch
 from fused_resnet.inference import InferencePlan, PlanCache, Watch
-from fused_resnet.modules import Call, FusedModule, Units, as_leaf, has_pairs, is_watched, unfused_reason
-from fused_resnet.ops.checks import autocast_dtype, is_channels_last, is_traced, needs_grad
-from fused_resnet.ops.residual_block import Plan, Unit, residual_block
-from fused_resnet.plans import plan_block
-from fused_resnet.sync_batchnorm import SyncBatchNorm
-
-
-def _unit(conv: nn.Conv2d, bn: nn.BatchNorm2d, scale: Tensor | None = None) -> Unit:
-    running_mean, running_var = batchnorm.running(bn)
-    gamma, beta = batchnorm.affine(bn, scale)
-    stride, padding, dilation = cast("Any", (conv.stride, conv.padding, conv.dilation))
-    return Unit(
-        weight=conv.weight,
-        gamma=gamma,
-        beta=beta,
-        running_mean=running_mean,
-        running_var=running_var,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=conv.groups,
-        momentum=batchnorm.batch_momentum(bn),
-        eps=bn.eps,
-        training=batchnorm.uses_batch_statistics(bn),
-        group=_group(bn),
-    )
-
-
-def _group(bn: nn.Module) -> Any:
-    """The processes whose batches this batch norm merges, or None."""
-    return bn.group() if isinstance(bn, SyncBatchNorm) else None
+from fused_resnet.modules import Call, FusedModule, Units, as_leaf, is_watched, unfused_reason
+from fused_resnet.ops.residual_block import Plan
+from fused_resnet.whole import Part, may_be_whole, plan_whole, run_whole
 
 
 def run_blocks(stages: Iterable[nn.Module], x: Tensor, overwrite: bool) -> Tensor:
@@ -155,42 +126,24 @@ class ResidualBlock(FusedModule):
         return self._conv_bn_act(last_conv, x, *last, shortcut, self.residual_scale, overwrite, calls)
 
     def _plan(self, x: Tensor) -> Plan | None:
-        """How the block runs as one op: where gradients are taken of channels_last tensors, and nothing is odd.
-
-        Where batch norms merge processes these must agree, for DistributedDataParallel's collectives lie between the
-        units' own: nothing here may depend on a batch's size then. (An empty tensor has lost its layout.)
-        """
-        if not self._fused or self.memory == "fast":
-            return None
-        if not torch.is_grad_enabled() or not needs_grad(x, *self.parameters()) or is_traced(x):
-            return None
-        units = self.units()
-        merged = any(_group(bn) is not None for _, bn, _ in units.values())
-        if not (is_channels_last(x) or (merged and not x.numel() and dispatch.prefers_channels_last(x))):
-            return None
-        if self.unfused() or not dispatch.is_fused("bn_act", x.device.type):
+        """How the block runs as one op; None: unit by unit."""
+        if not self._fused or not may_be_whole(x, self.memory) or self.unfused():
             return None
         if self.downsample is not None and not self._projection():
             return None
-        pairs = [(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)) for conv, bn, _ in units.values()]
-        dtype = x.dtype if autocast_dtype(x) is None else pairs[0][0].weight.dtype
-        for conv, bn in pairs:
-            if conv.bias is not None or conv.weight.dtype != dtype or conv.weight.device != x.device:
-                return None
-            if not (has_pairs(conv) and batchnorm.fits(bn, conv.weight)):
-                return None
-        convs = {name: conv for name, (conv, _) in zip(units, pairs, strict=True)}
-        projection = convs.pop("downsample", None)
-        return plan_block(x, tuple(convs.values()), projection, self.memory, merged)
+        return plan_whole(x, *self._parts(), self.memory)
 
     def _whole(self, x: Tensor, plan: Plan) -> Tensor:
+        return run_whole(x, *self._parts(), plan)
+
+    def _parts(self) -> tuple[tuple[Part, ...], Part | None]:
+        """(the main path's, the projection's or None)."""
         scales = {self._UNITS[-1][0]: self.residual_scale}
-        units = {
-            name: _unit(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn), scales.get(name))
-            for name, (conv, bn, _) in self.units().items()
+        parts = {
+            name: Part(cast(nn.Conv2d, conv), bn, scales.get(name)) for name, (conv, bn, _) in self.units().items()
         }
-        projection = units.pop("downsample", None)
-        return residual_block(x, tuple(units.values()), projection, plan)
+        projection = parts.pop("downsample", None)
+        return tuple(parts.values()), projection
 
 
 def training_plans(

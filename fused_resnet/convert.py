@@ -8,9 +8,10 @@ from fused_resnet.fusion.plan import plan_model
 from fused_resnet.fusion.report import FuseReport
 from fused_resnet.fusion.scope import FusedScope, Fusion, swap_in, swap_out
 from fused_resnet.modules import AddReLU, BNAct, FusedModule
+from fused_resnet.plans import MEMORY
 
 
-def fuse(model: nn.Module) -> FuseReport:
+def fuse(model: nn.Module, memory: str = "balanced") -> FuseReport:
     """Run the model's conv + BN (+ add) (+ ReLU) chains as fused ops: in place, and in this instance only.
 
     The forward of each module is followed symbolically. Where a chain is found, and nothing else can see what lies
@@ -19,18 +20,25 @@ def fuse(model: nn.Module) -> FuseReport:
     own forward runs instead if anything that the analysis rested on has changed, and a chain's own modules run if one
     of them was hooked, parametrized or replaced since.
 
+    Units that make up a residual block, relu(f(x) + shortcut(x)), run in training as one op, as the blocks of
+    `fused_resnet`'s own models do: channels_last, where `memory` says so.
+
     Args:
         model: any module, in any mode. Models of `fused_resnet` are fused already (and, after `restore`, again).
+        memory: "balanced", "low" or "fast": what such blocks keep for the backward pass, as for `fused_resnet.ResNet`.
+            `fused_resnet`'s own blocks keep to what they were built with.
 
     Returns:
         A report: what was fused, and each batch norm that was not, with the reason.
 
     Raises:
-        TypeError: the argument is no module. After any error the model is as it was.
+        TypeError: the argument is no module. ValueError: `memory` is unknown. After any error the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}")
-    plan = plan_model(model)
+    if memory not in MEMORY:
+        raise ValueError(f"fuse: memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
+    plan = plan_model(model, memory)
     before = {id(m): (m, m.__dict__.get("_fusion")) for m in model.modules() if isinstance(m, FusedScope)}
     try:
         for planned in plan.scopes:
@@ -50,7 +58,8 @@ def fuse(model: nn.Module) -> FuseReport:
         for planned in plan.scopes
         for unit in planned.units
     ]
-    return FuseReport(fused + _own_units(model), plan.skipped)
+    blocks = [(planned.path or type(model).__name__, block.what) for planned in plan.scopes for block in planned.blocks]
+    return FuseReport(fused + _own_units(model), plan.skipped, blocks)
 
 
 def _undo(scopes: list[nn.Module], before: dict[int, tuple[FusedScope, Fusion | None]]) -> None:

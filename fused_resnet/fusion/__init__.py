@@ -6,6 +6,7 @@ trace    a module's forward as a graph of calls to its children
 match    conv + BN (+ add) (+ ReLU) chains in such a graph, and the hazards that forbid to fuse one
 norms    the batch norms that are known
 units    what runs in a chain's place, and when its own steps run instead
+blocks   units that make up a residual block, and when they run as one op
 scope    the class that a module with units gets, and gives back
 plan     all of this for a model, changing nothing; `report` is what was fused, what was not, and why
 """

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
+from fused_resnet.fusion.blocks import Block, find_blocks
 from fused_resnet.fusion.guards import CannotFollow, child, has_hooks, is_sequential, origin_of
 from fused_resnet.fusion.inputs import Input
 from fused_resnet.fusion.match import Matched, Matcher
 from fused_resnet.fusion.norms import looks_like_norm, norm_kind
-from fused_resnet.fusion.scope import FusedScope, Fusion, make_variant
+from fused_resnet.fusion.scope import FusedScope, Fusion, Variant, function_of, make_variant
 from fused_resnet.fusion.trace import Traced, follow
-from fused_resnet.fusion.units import Unit, function_of, make_unit
+from fused_resnet.fusion.units import Unit, make_unit
 from fused_resnet.modules import AddReLU, BNAct, FusedModule
 
 _COPIES = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__")
@@ -27,6 +28,7 @@ class Planned(NamedTuple):
     scope: nn.Module
     fusion: Fusion
     units: tuple[Unit, ...]
+    blocks: tuple[Block, ...]
 
 
 class Plan(NamedTuple):
@@ -36,8 +38,8 @@ class Plan(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
-def plan_model(model: nn.Module) -> Plan:
-    """Analyse the model as it stands: its structure, hooks and modes."""
+def plan_model(model: nn.Module, memory: str) -> Plan:
+    """Analyse the model as it stands: its structure, hooks and modes. `memory` is that of whole blocks."""
     scopes: list[Planned] = []
     reasons: dict[int, str] = {}
     taken: set[int] = set()  # ids of norms in units, and of containers that a parent runs through
@@ -51,7 +53,7 @@ def plan_model(model: nn.Module) -> Plan:
         if id(module) in taken or not _may_be_a_scope(module):
             continue
         try:
-            planned, traced, matched = _plan_scope(path, module, list(calls.get(id(module), {None: None})))
+            planned, traced, matched = _plan_scope(path, module, list(calls.get(id(module), {None: None})), memory)
         except CannotFollow as error:
             for norm in _norms_of(module):
                 reasons.setdefault(id(norm), f"{path or type(module).__name__}'s forward {error}")
@@ -93,15 +95,17 @@ def _norms_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _inlines(module: nn.Module) -> bool:
-    """Whether a parent's graph runs through a container: where what it ends in may join what follows."""
-    if not is_sequential(module) or has_hooks(module) or not module._modules:
+    """Whether a parent's graph runs through a container: where its last part may join what follows, or none is in it."""
+    if not is_sequential(module) or has_hooks(module):
         return False
+    if not module._modules:
+        return True
     last = list(module._modules.values())[-1]
     return last is not None and (type(last) is nn.Conv2d or norm_kind(last) is not None or _inlines(last))
 
 
 def _plan_scope(
-    path: str, module: nn.Module, signatures: list[tuple[Input, ...] | None]
+    path: str, module: nn.Module, signatures: list[tuple[Input, ...] | None], memory: str
 ) -> tuple[Planned | None, Traced, Matched]:
     kind = origin_of(type(module))
     own = [name for name in _COPIES if getattr(kind, name, None) is not getattr(nn.Module, name, None)]
@@ -112,17 +116,17 @@ def _plan_scope(
     variants, first = [], None
     for signature in signatures[:_MOST_SIGNATURES]:
         traced = follow(module, _inlines, signature)
-        variant, units, matched = _variant(module, traced)
+        variant, matched = _variant(module, traced, memory)
         variants.append(variant)
-        first = first or (traced, units, matched)
+        first = first or (traced, variant, matched)
         flipped = _other_mode(module, traced, signature)
         if flipped is not None:
-            variants.append(_variant(module, flipped)[0])
+            variants.append(_variant(module, flipped, memory)[0])
     assert first is not None
-    traced, units, matched = first
+    traced, variant, matched = first
     if not any(variant.units for variant in variants):
         return None, traced, matched
-    return Planned(path, module, Fusion(tuple(variants)), units), traced, matched
+    return Planned(path, module, Fusion(tuple(variants)), variant.units, variant.blocks), traced, matched
 
 
 _MOST_SIGNATURES = 4
@@ -144,28 +148,35 @@ def _other_mode(module: nn.Module, traced: Traced, signature: tuple[Input, ...] 
             m.__dict__["training"] = not m.training
 
 
-def _variant(module: nn.Module, traced: Traced) -> tuple:
-    """(generated forward, its units, what was matched)."""
+def _variant(module: nn.Module, traced: Traced, memory: str) -> tuple[Variant, Matched]:
+    """(generated forward, what was matched)."""
     graph = traced.graph
     matched = Matcher(module, graph).match()
-    units: dict[str, Unit] = {}
-    first = next(iter(graph.nodes))
-    with graph.inserting_before(first):
+    functions: dict[str, Unit | Block] = {}
+    units: dict[fx.Node, Unit] = {}
+    with graph.inserting_before(next(iter(graph.nodes))):
         scope = graph.placeholder("scope")
-    made = [make_unit(chain, module) for chain in matched.chains]
-    replaced: dict[fx.Node, fx.Node] = {}
-    for index, (chain, unit) in enumerate(zip(matched.chains, made, strict=True)):
-        last = chain.nodes[-1]
-        function = function_of(unit)
-        function.__name__ = f"{function.__name__}_{index}"
+
+    def replace(nodes: Sequence[fx.Node], stands_for: Unit | Block, *values: fx.Node) -> fx.Node:
+        function = function_of(stands_for)
+        function.__name__ = f"{function.__name__}_{len(functions)}"
         function.__module__ = "fused_resnet.fusion.units"
-        units[function.__name__] = unit
-        values = [replaced.get(v, v) for v in (chain.value, chain.residual) if v is not None]
+        functions[function.__name__] = stands_for
+        last = nodes[-1]
         with graph.inserting_before(last):
             fused = graph.call_function(function, (scope, *values))
-        replaced[last] = fused
         last.replace_all_uses_with(fused)
-        for node in reversed(chain.nodes):
+        for node in reversed(nodes):
             graph.erase_node(node)
+        return fused
+
+    made = [make_unit(chain, module) for chain in matched.chains]
+    replaced: dict[fx.Node, fx.Node] = {}
+    for chain, unit in zip(matched.chains, made, strict=True):
+        values = [replaced.get(v, v) for v in (chain.value, chain.residual) if v is not None]
+        replaced[chain.nodes[-1]] = fused = replace(chain.nodes, unit, *values)
+        units[fused] = unit
+    for found in find_blocks(module, graph, units, memory):
+        replaced[found.nodes[-1]] = replace(found.nodes, found.block, replaced.get(found.value, found.value))
     graph.lint()
-    return make_variant(traced, graph, units), tuple(made), matched
+    return make_variant(traced, graph, functions), matched

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet._version import __version__
+from fused_resnet.fusion import blocks, units
+from fused_resnet.fusion.blocks import Block
 from fused_resnet.fusion.guards import Guard, guards_hold, origin_of
 from fused_resnet.fusion.inputs import Input
 from fused_resnet.fusion.trace import Traced
-from fused_resnet.fusion.units import Unit, function_of, static_reason
+from fused_resnet.fusion.units import Unit, static_reason
 from fused_resnet.modules import FusedModule, call_reason
 
 _STATE = ("_fused", "_folded", "_fusion", "_refused")
@@ -32,17 +34,27 @@ class Variant:
         self, source: str, names: dict[str, Any], inputs: tuple[Input, ...], guards: tuple[Guard, ...]
     ) -> None:
         self.source, self.inputs, self.guards = source, inputs, guards
-        namespace = {name: function_of(v) if isinstance(v, Unit) else v for name, v in names.items()}
+        namespace = {name: function_of(v) if isinstance(v, (Unit, Block)) else v for name, v in names.items()}
         exec(compile(source, "<fused forward>", "exec"), namespace)
         self.function: Callable[..., Any] = namespace["forward"]
         used = self.function.__code__.co_names
         self.names = {name: value for name, value in names.items() if name in used}
-        self.units = tuple(value for value in names.values() if isinstance(value, Unit))
+        self.blocks = tuple(value for value in self.names.values() if isinstance(value, Block))
+        self.units = tuple(
+            unit
+            for value in self.names.values()
+            if isinstance(value, (Unit, Block))
+            for unit in (value.units if isinstance(value, Block) else (value,))
+        )
 
     def __reduce__(self) -> Any:
         names = {name: _Namespace.of(value) for name, value in self.names.items()}
         guards = tuple(guard._replace(holder=_Namespace.of(guard.holder)) for guard in self.guards)
         return _load_variant, (self.source, names, self.inputs, guards)
+
+
+def function_of(value: Unit | Block) -> Callable[..., Any]:
+    return units.function_of(value) if isinstance(value, Unit) else blocks.function_of(value)
 
 
 class _Namespace(NamedTuple):
@@ -86,10 +98,10 @@ def _loaded(versions: tuple[str, ...], variants: tuple[Variant, ...]) -> Fusion:
     return Fusion(variants if versions == _versions() else ())
 
 
-def make_variant(traced: Traced, graph: fx.Graph, units: dict[str, Unit]) -> Variant:
-    """The source of a graph whose fused nodes call functions that are named in `units`."""
+def make_variant(traced: Traced, graph: fx.Graph, functions: dict[str, Unit | Block]) -> Variant:
+    """The source of a graph whose fused nodes call the named functions."""
     code = graph.python_code(root_module="self")
-    names = {name: units.get(getattr(value, "__name__", ""), value) for name, value in code.globals.items()}
+    names = {name: functions.get(getattr(value, "__name__", ""), value) for name, value in code.globals.items()}
     return Variant(code.src, names, traced.inputs, traced.guards)
 
 
@@ -158,9 +170,12 @@ def _new_class(origin: type[nn.Module]) -> type[nn.Module]:
         return origin(*args, **kwargs)  # what slices of containers, say, make of type(self)
 
     def extra_repr(self: Any) -> str:
-        own, units = origin.extra_repr(self), self._fusion.variants[0].units if self._fusion.variants else ()
-        line = "fused: " + "; ".join(f"{unit.name}: {unit.what}" for unit in units)
-        return "\n".join(filter(None, (own, line if self._fused else "")))
+        lines = [origin.extra_repr(self)]
+        if self._fused and self._fusion.variants:
+            variant = self._fusion.variants[0]
+            lines.append("fused: " + "; ".join(f"{unit.name}: {unit.what}" for unit in variant.units))
+            lines += [f"one op in training: {block.what}" for block in variant.blocks]
+        return "\n".join(filter(None, lines))
 
     def body(namespace: dict[str, Any]) -> None:
         namespace |= {

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from fused_resnet import dispatch, ops
 from fused_resnet.fusion.guards import child
 from fused_resnet.fusion.match import Chain, conv_reason, module_reason, norm_reason
-from fused_resnet.fusion.norms import momentum, norm_kind, own_act, running, trains, vectors
+from fused_resnet.fusion.norms import Norm, momentum, norm_kind, own_act, running, trains, vectors
 from fused_resnet.ops.checks import DTYPES, autocast_dtype, is_autocast, is_traced, needs_grad
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -86,14 +86,19 @@ def static_reason(scope: nn.Module, unit: Unit) -> str | None:
             assert kind is not None
             if (own_act(norm) if kind.with_act else None) != unit.own:
                 return "its activation was replaced"
-        for path in unit.passed:
-            part = child(scope, path)
-            if type(part) not in (nn.ReLU, nn.Identity):
-                return f"{type(part).__name__} took the place of {path}"
-            if (reason := module_reason(part, type(part).__name__)) is not None:
-                return reason
+        return passed_reason(scope, unit.passed)
     except KeyError:
         return "one of its modules is gone"
+
+
+def passed_reason(scope: nn.Module, paths: tuple[str, ...]) -> str | None:
+    """Why one of the modules that are passed over, ReLUs and identities, must be called itself."""
+    for path in paths:
+        part = child(scope, path)
+        if type(part) not in (nn.ReLU, nn.Identity):
+            return f"{type(part).__name__} took the place of {path}"
+        if (reason := module_reason(part, type(part).__name__)) is not None:
+            return reason
     return None
 
 
@@ -110,16 +115,42 @@ def run_steps(scope: nn.Module, unit: Unit, value: Any, residual: Any) -> Any:
     return value
 
 
-def _fits(x: Tensor, weight: Tensor, given: tuple[Tensor | None, ...]) -> bool:
+def _fits(norm: Any, kind: Norm, channels: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a norm's vectors go with the tensor that it normalises: by size, by device and by dtype."""
-    dtypes = (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,)
-    shape = (weight.shape[0],)
+    given = vectors(norm)
+    training = trains(norm, kind)
+    if (training and norm.eps <= 0) or (not training and (given[2] is None or given[3] is None)):
+        return False
+    dtypes = (dtype,) if kind.frozen or dtype.itemsize != 2 else (dtype, torch.float32)
     compiling = torch.compiler.is_compiling()
     return all(
         v is None
-        or ((compiling or type(v) in _PLAIN) and v.shape == shape and v.dtype in dtypes and v.device == x.device)
+        or ((compiling or type(v) in _PLAIN) and v.shape == (channels,) and v.dtype in dtypes and v.device == device)
         for v in given
     )
+
+
+def output_shape(
+    conv: Any, norm: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None
+) -> tuple[int, ...] | None:
+    """The shape that conv and norm make of a 4-d tensor; None where the op does not do with it what they do."""
+    kind = norm_kind(norm)
+    assert kind is not None
+    weight, bias = conv.weight, conv.bias
+    if not is_plain(weight) or shape[1] != weight.shape[1] * conv.groups or device != weight.device:
+        return None
+    if type(conv.stride) is not tuple or type(conv.padding) is not tuple or type(conv.dilation) is not tuple:
+        return None
+    if autocast is None and (dtype != weight.dtype or (bias is not None and bias.dtype != dtype)):
+        return None
+    size = tuple(
+        (shape[2 + i] + 2 * conv.padding[i] - conv.dilation[i] * (weight.shape[2 + i] - 1) - 1) // conv.stride[i] + 1
+        for i in range(2)
+    )
+    out = (shape[0], weight.shape[0], *size)
+    if min(size) < 1 or (trains(norm, kind) and out[0] * out[2] * out[3] == 1):
+        return None
+    return out if _fits(norm, kind, out[1], autocast or dtype, device) else None
 
 
 def call(scope: Any, unit: Unit, x: Any, residual: Any = None) -> Any:
@@ -143,7 +174,7 @@ def _described(x: Any) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _is_plain(x: Any) -> bool:
+def is_plain(x: Any) -> bool:
     """A tensor that the ops take: dense, of a floating-point type, and not empty."""
     compiling = torch.compiler.is_compiling()
     if not (isinstance(x, Tensor) if compiling else type(x) in _PLAIN):
@@ -152,11 +183,11 @@ def _is_plain(x: Any) -> bool:
 
 
 def _alike(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    return _is_plain(x) and x.shape == shape and x.dtype == dtype and x.device == device
+    return is_plain(x) and x.shape == shape and x.dtype == dtype and x.device == device
 
 
 def _add_relu(x: Any, residual: Any) -> Tensor | None:
-    if not _is_plain(x) or not _alike(residual, x.shape, x.dtype, x.device):
+    if not is_plain(x) or not _alike(residual, x.shape, x.dtype, x.device):
         return None
     if not dispatch.is_fused("add_relu", x.device.type):
         return None
@@ -168,43 +199,20 @@ def _normed(scope: Any, unit: Unit, x: Any, residual: Any) -> Tensor | None:
     norm: Any = child(scope, unit.norm)  # type: ignore[arg-type]
     kind = norm_kind(norm)
     assert kind is not None
-    if not _is_plain(x) or (unit.adds and not _is_plain(residual)):
+    if not is_plain(x) or (unit.adds and not is_plain(residual)):
         return None
     training = trains(norm, kind)
-    if training and norm.eps <= 0:
-        return None
     activation = "relu" if unit.relu else None
     if kind.frozen and is_autocast(x):
         return None  # its arithmetic follows type promotion there, not autocast
-    given = vectors(norm)
-    if not training and (given[2] is None or given[3] is None):
-        return None
     if unit.conv is None:
-        return _bn_act(x, residual, norm, kind, given, training, activation)
+        return _bn_act(x, residual, norm, kind, training, activation)
     conv: Any = child(scope, unit.conv)
-    weight, bias = conv.weight, conv.bias
-    if not _is_plain(weight) or x.dim() != 4 or x.shape[1] != weight.shape[1] * conv.groups:
-        return None
-    if type(conv.stride) is not tuple or type(conv.padding) is not tuple or type(conv.dilation) is not tuple:
-        return None
     dtype = autocast_dtype(x)
-    if dtype is None and (x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype)):
+    shape = output_shape(conv, norm, x.shape, x.dtype, x.device, dtype) if x.dim() == 4 else None
+    if shape is None or (residual is not None and not _alike(residual, shape, dtype or x.dtype, x.device)):
         return None
-    if x.device != weight.device:
-        return None
-    size = tuple(
-        (x.shape[2 + i] + 2 * conv.padding[i] - conv.dilation[i] * (weight.shape[2 + i] - 1) - 1) // conv.stride[i] + 1
-        for i in range(2)
-    )
-    shape = (x.shape[0], weight.shape[0], *size)
-    if min(size) < 1 or (training and shape[0] * size[0] * size[1] == 1):
-        return None
-    y_dtype = dtype or x.dtype
-    if not _fits(x.new_empty(0, dtype=y_dtype), weight, given) or (kind.frozen and given[0].dtype != y_dtype):  # type: ignore[union-attr]
-        return None
-    if residual is not None and not _alike(residual, shape, y_dtype, x.device):
-        return None
-    inference = not training and not needs_grad(x, weight, bias, given[0], given[1], residual)
+    inference = not training and not needs_grad(x, conv.weight, conv.bias, norm.weight, norm.bias, residual)
     if inference and not is_traced(x):
         y = scope._infer(unit.name, x, conv, norm, activation, residual)
         if y is not None:
@@ -213,12 +221,12 @@ def _normed(scope: Any, unit: Unit, x: Any, residual: Any) -> Tensor | None:
         return None
     return ops.conv_bn_act(
         x,
-        weight,
-        given[0],
-        given[1],
+        conv.weight,
+        norm.weight,
+        norm.bias,
         *running(norm, kind),
         residual,
-        bias=bias,
+        bias=conv.bias,
         stride=conv.stride,
         padding=conv.padding,
         dilation=conv.dilation,
@@ -230,14 +238,12 @@ def _normed(scope: Any, unit: Unit, x: Any, residual: Any) -> Tensor | None:
     )
 
 
-def _bn_act(
-    x: Tensor, residual: Any, norm: Any, kind: Any, given: Any, training: bool, activation: str | None
-) -> Tensor | None:
+def _bn_act(x: Tensor, residual: Any, norm: Any, kind: Norm, training: bool, activation: str | None) -> Tensor | None:
     if x.dim() not in kind.dims or (not kind.frozen and x.shape[1] != norm.num_features):
         return None
     if training and x.numel() == x.shape[1]:
         return None
-    if not _fits(x, x[0], given) or (kind.frozen and given[0].dtype != x.dtype):
+    if not _fits(norm, kind, x.shape[1], x.dtype, x.device):
         return None
     if residual is not None and not _alike(residual, x.shape, x.dtype, x.device):
         return None
@@ -245,8 +251,8 @@ def _bn_act(
         return None
     return ops.bn_act(
         x,
-        given[0],
-        given[1],
+        norm.weight,
+        norm.bias,
         *running(norm, kind),
         residual,
         training=training,
