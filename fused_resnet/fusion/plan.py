@@ -95,7 +95,7 @@ def _norms_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _inlines(module: nn.Module) -> bool:
-    """Whether a parent's graph runs through a container: where its last part may join what follows, or none is in it."""
+    """Whether a parent's graph runs through a container: its last part may join what follows, or it has no parts."""
     if not is_sequential(module) or has_hooks(module):
         return False
     if not module._modules:
