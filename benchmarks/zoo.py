@@ -1,4 +1,4 @@
-"""Models that people have, each with an input and the number of units that `fused_resnet.fuse` must find in it.
+"""Models that people have, each with an input and what `fused_resnet.fuse` must find in it.
 
 `ZOO` holds torchvision's and timm's as they come (without weights: nothing is downloaded) and a few in plain torch.
 """
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 
 class Entry(NamedTuple):
-    """`make` builds the model, `shape` is an input's, `fused` the units to be found, `skipped` the norms left alone."""
+    """`make` builds the model, `shape` is an input's; the numbers of units and of whole residual blocks that are to be
+    found, and of batch norms left alone."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     fused: int
+    blocks: int = 0
     skipped: int = 0
 
 
@@ -32,7 +34,13 @@ def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: importlib.import_module("timm").create_model(name, pretrained=False, num_classes=10, **options)
+    def make() -> nn.Module:
+        chosen = {
+            k: getattr(importlib.import_module("timm.layers"), v) if k == "aa_layer" else v for k, v in options.items()
+        }
+        return importlib.import_module("timm").create_model(name, pretrained=False, num_classes=10, **chosen)
+
+    return make
 
 
 class Detector(nn.Module):
@@ -149,57 +157,143 @@ class Medical(nn.Module):
         return self.out(torch.relu(self.bn_fc(self.fc(x))))
 
 
+class _ByName(nn.Module):
+    """A bottleneck as mmdetection writes it: norms under names that are looked up, a forward within the forward."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.norm1_name, self.norm2_name, self.norm3_name = "bn1", "bn2", "bn3"
+        for index, (i, o, kernel) in enumerate(((inputs, width, 1), (width, width, 3), (width, 4 * width, 1)), 1):
+            conv = nn.Conv2d(i, o, kernel, stride if kernel == 3 else 1, kernel // 2, bias=False)
+            self.add_module(f"conv{index}", conv)
+            self.add_module(f"bn{index}", nn.BatchNorm2d(o))
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or inputs != 4 * width:
+            conv = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(4 * width))
+
+    @property
+    def norm1(self) -> nn.Module:
+        return getattr(self, self.norm1_name)
+
+    @property
+    def norm2(self) -> nn.Module:
+        return getattr(self, self.norm2_name)
+
+    @property
+    def norm3(self) -> nn.Module:
+        return getattr(self, self.norm3_name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(x: Tensor) -> Tensor:
+            identity = x
+            out = self.relu(self.norm1(self.conv1(x)))
+            out = self.relu(self.norm2(self.conv2(out)))
+            out = self.norm3(self.conv3(out))
+            if self.downsample is not None:
+                identity = self.downsample(x)
+            out += identity
+            return out
+
+        return self.relu(inner(x))
+
+
+def by_name() -> nn.Module:
+    """A small backbone of mmdetection-style bottlenecks."""
+    stem = [nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    return nn.Sequential(*stem, _ByName(16, 8, 1), _ByName(32, 8, 1), _ByName(32, 16, 2), _ByName(64, 16, 1))
+
+
+class _Residual(nn.Module):
+    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.shortcut(x) + self.body(x))
+
+
+def _row(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+def rows() -> nn.Module:
+    """Residual blocks out of nn.Sequential: an empty one, nn.Identity or conv + BN as the shortcut."""
+    projection = nn.Sequential(nn.Conv2d(12, 24, 1, 2, bias=False), nn.BatchNorm2d(24))
+    return nn.Sequential(
+        *_double(3, 12),
+        _Residual(_row(12, 12), nn.Sequential()),
+        _Residual(_row(12, 24, 2), projection),
+        _Residual(_row(24, 24), nn.Identity()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
+
+
 _10 = {"num_classes": 10}
 _SEGMENTATION = {"weights_backbone": None, "num_classes": 4}
+_IMAGES, _PAIR, _VIDEOS = (4, 3, 64, 64), (2, 3, 64, 64), (2, 3, 4, 32, 32)
+_DETECTORS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
 ZOO: dict[str, Entry] = {
     **{
-        f"torchvision:{name}": Entry(_torchvision(name, **_10), (4, 3, 64, 64), fused)
-        for name, fused in {
-            "resnet18": 20,
-            "resnet34": 36,
-            "resnet50": 53,
-            "resnet101": 104,
-            "resnet152": 155,
-            "resnext50_32x4d": 53,
-            "wide_resnet50_2": 53,
-            "mobilenet_v2": 52,
+        f"torchvision:{name}": Entry(_torchvision(name, **_10), _IMAGES, *expected)
+        for name, expected in {
+            "resnet18": (20, 8),
+            "resnet34": (36, 16),
+            "resnet50": (53, 16),
+            "resnet101": (104, 33),
+            "resnet152": (155, 50),
+            "resnext50_32x4d": (53, 16),
+            "wide_resnet50_2": (53, 16),
+            "mobilenet_v2": (52,),
+            "densenet121": (121,),
         }.items()
     },
     "torchvision:googlenet": Entry(_torchvision("googlenet", init_weights=False, **_10), (4, 3, 96, 96), 59),
-    "torchvision:densenet121": Entry(_torchvision("densenet121", **_10), (4, 3, 64, 64), 121),
-    "torchvision:segmentation.fcn_resnet50": Entry(
-        _torchvision("segmentation.fcn_resnet50", **_SEGMENTATION), (2, 3, 64, 64), 54
-    ),
-    "torchvision:segmentation.deeplabv3_resnet50": Entry(
-        _torchvision("segmentation.deeplabv3_resnet50", **_SEGMENTATION), (2, 3, 64, 64), 60
-    ),
-    "torchvision:video.r3d_18": Entry(_torchvision("video.r3d_18", **_10), (2, 3, 4, 32, 32), 17, 3),
-    "torchvision:video.mc3_18": Entry(_torchvision("video.mc3_18", **_10), (2, 3, 4, 32, 32), 17, 3),
-    "torchvision:video.r2plus1d_18": Entry(_torchvision("video.r2plus1d_18", **_10), (2, 3, 4, 32, 32), 34, 3),
-    "torchvision:fasterrcnn_resnet50_fpn": Entry(_detector("fasterrcnn_resnet50_fpn"), (2, 3, 64, 64), 53),
-    "torchvision:fasterrcnn_resnet50_fpn, frozen BN": Entry(
-        _detector("fasterrcnn_resnet50_fpn", frozen=True), (2, 3, 64, 64), 53
-    ),
-    "torchvision:maskrcnn_resnet50_fpn": Entry(_detector("maskrcnn_resnet50_fpn"), (2, 3, 64, 64), 53),
-    "torchvision:retinanet_resnet50_fpn": Entry(_detector("retinanet_resnet50_fpn"), (2, 3, 64, 64), 53),
-    "torchvision:retinanet_resnet50_fpn, frozen BN": Entry(
-        _detector("retinanet_resnet50_fpn", frozen=True), (2, 3, 64, 64), 53
-    ),
     **{
-        f"timm:{name}": Entry(_timm(name), (4, 3, 64, 64), fused)
-        for name, fused in {
-            "resnet50": 53,
-            "resnet26d": 28,
-            "resnetrs50": 53,
-            "seresnet50": 53,
-            "ecaresnet50d": 53,
-            "resnetv2_50": 49,
-            "regnety_002": 44,
-            "gernet_s": 45,
-            "dla34": 36,
-            "darknet53": 52,
+        f"torchvision:segmentation.{name}": Entry(
+            _torchvision(f"segmentation.{name}", **_SEGMENTATION), _PAIR, fused, 16
+        )
+        for name, fused in {"fcn_resnet50": 54, "deeplabv3_resnet50": 60}.items()
+    },
+    **{
+        f"torchvision:video.{name}": Entry(_torchvision(f"video.{name}", **_10), _VIDEOS, fused, skipped=3)
+        for name, fused in {"r3d_18": 17, "mc3_18": 17, "r2plus1d_18": 34}.items()
+    },
+    **{
+        f"torchvision:{name}{', frozen BN' * frozen}": Entry(_detector(name, frozen), _PAIR, 53, 16)
+        for name in _DETECTORS
+        for frozen in (False, True)
+    },
+    **{
+        f"timm:{name}": Entry(_timm(name), _IMAGES, *expected)
+        for name, expected in {
+            "resnet50": (53, 16),
+            "resnet26d": (31, 5),
+            "resnetrs50": (68,),
+            "seresnet50": (65,),
+            "ecaresnet50d": (67,),
+            "resnetv2_50": (49,),
+            "regnety_002": (57,),
+            "gernet_s": (59,),
+            "dla34": (37, 6),
+            "darknet53": (52,),
         }.items()
     },
+    "timm:resnet26, drop path": Entry(_timm("resnet26", drop_path_rate=0.2), _IMAGES, 33, 1),
+    "timm:resnet26, drop block": Entry(_timm("resnet26", drop_block_rate=0.1), _IMAGES, 29, 4),
+    "timm:resnet26, blur pool": Entry(_timm("resnet26", aa_layer="BlurPool2d"), _IMAGES, 29, 5),
+    "timm:resnet26, SiLU": Entry(_timm("resnet26", act_layer="silu"), _IMAGES, 29),
+    "mmdetection's bottlenecks": Entry(by_name, _IMAGES, 15, 4),
+    "nn.Sequential blocks": Entry(rows, (4, 3, 32, 32), 9, 3),
     "unet": Entry(UNet, (3, 3, 32, 32), 10),
     "yolo": Entry(yolo, (3, 3, 64, 64), 11),
     "medical": Entry(Medical, (4, 1, 25, 25), 4),

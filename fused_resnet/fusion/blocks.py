@@ -56,7 +56,7 @@ def find_blocks(scope: nn.Module, graph: fx.Graph, units: Mapping[fx.Node, Unit]
     position = {node: index for index, node in enumerate(graph.nodes)}
     found = []
     for last, unit in units.items():
-        if not (unit.adds and unit.relu and _may_join(unit)):
+        if not (unit.adds and unit.relu and _may_join(scope, unit)):
             continue
         _, value, residual = last.args
         row, start = _back(scope, value, units, True)
@@ -78,8 +78,10 @@ def find_blocks(scope: nn.Module, graph: fx.Graph, units: Mapping[fx.Node, Unit]
     return found
 
 
-def _may_join(unit: Unit) -> bool:
-    return unit.conv is not None and unit.norm is not None and unit.own != "other"
+def _may_join(scope: nn.Module, unit: Unit) -> bool:
+    if unit.conv is None or unit.norm is None or unit.own == "other":
+        return False
+    return child(scope, unit.conv).bias is None
 
 
 def _back(scope: nn.Module, node: Any, units: Mapping[fx.Node, Unit], relu: bool) -> tuple[list[fx.Node], fx.Node]:
@@ -89,7 +91,7 @@ def _back(scope: nn.Module, node: Any, units: Mapping[fx.Node, Unit], relu: bool
     while len(node.users) == 1:
         unit = units.get(node)
         if unit is not None:
-            if not _may_join(unit) or unit.adds or unit.relu is not relu:
+            if not _may_join(scope, unit) or unit.adds or unit.relu is not relu:
                 break
             before, relu = node.args[1], True
         elif node.op == "call_module" and _is_identity(child(scope, node.target)) and len(node.args) == 1:

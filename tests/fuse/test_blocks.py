@@ -80,7 +80,7 @@ def test_torchvision_as_our_own(name: str, memory: str, gram: bool, torchvision:
     plain = copy.deepcopy(fused)
     report = fr.fuse(fused, memory=memory)
     assert len(report.blocks) == sum(isinstance(m, fr.blocks.ResidualBlock) for m in own.modules())
-    x = nhwc(images(4, 3, 64, 64))
+    x = nhwc(images(4, 3, 32, 32))
     a = step(own, x)
     by_own = list(ran)
     ran.clear()

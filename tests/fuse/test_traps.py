@@ -470,6 +470,13 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "frozen statistics": lambda m: m.bn1.eval(),
     "frozen weights": lambda m: m.conv1.requires_grad_(False),
     "no momentum": lambda m: setattr(m.bn1, "momentum", None),
+    "LoRA": lambda m: replace(m, "conv1", LoRA(m.conv1)),
+    "shared conv": lambda m: setattr(m, "conv2", m.conv1),
+    "shared bn": lambda m: setattr(m, "bn2", m.bn1),
+    "shared weight": lambda m: setattr(m.conv2, "weight", m.conv1.weight),
+    "old weight norm": lambda m: nn.utils.weight_norm(m.conv1),
+    "orthogonal": lambda m: parametrizations.orthogonal(m.conv1),
+    "sync": lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m),
     "another eps": lambda m: setattr(m.bn1, "eps", 0.1),
     "another stride": lambda m: (setattr(m.conv1, "stride", (1, 1)), setattr(m.conv1, "padding", 1)),
     "no tracking": lambda m: setattr(m.bn1, "track_running_stats", False),
@@ -657,12 +664,19 @@ class Observed(nn.Module):
         return x
 
 
+def halved_by_a_hook(conv: nn.Module) -> nn.Module:
+    conv.register_forward_hook(lambda module, args, out: out / 2)
+    return conv
+
+
 WRAPPED: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "LoRA": lambda: (LoRA(nn.Conv2d(6, 6, 3, padding=1)), nn.BatchNorm2d(6)),
     "QAT": lambda: (FakeQuantized(6, 6, 3, padding=1), nn.BatchNorm2d(6)),
     "circular": lambda: (nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(6)),
     "same": lambda: (nn.Conv2d(6, 6, 3, padding="same"), nn.BatchNorm2d(6)),
     "spectral": lambda: (parametrizations.spectral_norm(nn.Conv2d(6, 6, 3, padding=1)), nn.BatchNorm2d(6)),
+    "weight norm": lambda: (parametrizations.weight_norm(nn.Conv2d(6, 6, 3, padding=1)), nn.BatchNorm2d(6)),
+    "hooked": lambda: (halved_by_a_hook(nn.Conv2d(6, 6, 3, padding=1)), nn.BatchNorm2d(6)),
     "transposed": lambda: (nn.ConvTranspose2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)),
 }
 

@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,21 @@ from same import step, tensors
 from torch import Tensor, nn
 
 import fused_resnet as fr
+from fused_resnet import whole
 from fused_resnet.cli import load_benchmarks
 from fused_resnet.convert import unfused_units
 
 ZOO = load_benchmarks("zoo").ZOO
-FAST = ("torchvision:resnet18", "torchvision:googlenet", "torchvision:video.r3d_18", "timm:resnet26d", "unet", "yolo")
+FAST = (
+    "torchvision:resnet18",
+    "torchvision:googlenet",
+    "torchvision:video.r3d_18",
+    "timm:resnet26d",
+    "mmdetection's bottlenecks",
+    "nn.Sequential blocks",
+    "unet",
+    "yolo",
+)
 NAMES = tuple(ZOO) if os.environ.get("FUSED_RESNET_ZOO") else (*FAST, "medical")
 
 
@@ -63,6 +74,19 @@ def assert_same_results(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
         assert error <= (1e-9 if tensor.dtype == torch.float64 else 1e-5), f"{name}: {error:.1e}"
 
 
+class CountedBlocks:
+    """How many residual blocks ran as one op."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, real = 0, whole.residual_block
+
+        def run(*args: Any) -> Tensor:
+            self.count += 1
+            return real(*args)
+
+        monkeypatch.setattr(whole, "residual_block", run)
+
+
 @needs_cpp
 @pytest.mark.parametrize(("name", "model"), [(name, name) for name in NAMES], indirect=["model"], ids=NAMES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -70,20 +94,24 @@ def test_zoo(name: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> No
     entry = ZOO[name]
     before = copy.deepcopy(model)
     keys, parameters = list(model.state_dict()), [id(p) for p in model.parameters()]
-    report = fr.fuse(model)
-    assert len(report.fused) >= entry.fused, str(report)
-    assert len(report.skipped) == entry.skipped, str(report)
+    report = fr.fuse(model, memory="low")
+    assert (len(report.fused), len(report.blocks), len(report.skipped)) == entry[2:], str(report)
     assert list(model.state_dict()) == keys
     assert [id(p) for p in model.parameters()] == parameters
     x = torch.randn(entry.shape, generator=torch.Generator().manual_seed(0))
 
+    blocks = CountedBlocks(monkeypatch)
+    layout: Any = torch.channels_last if entry.blocks else torch.contiguous_format
+    doubles = [copy.deepcopy(m).double().to(memory_format=layout).train() for m in (model, before)]
+    x64 = x.double().to(memory_format=layout)
     with primitives(monkeypatch) as ran:
-        ours = step(copy.deepcopy(model).double().train(), x.double())
+        ours = step(doubles[0], x64)
+    assert blocks.count == entry.blocks
     joined = sum(what == "add + ReLU" for _, what in report.fused)
     frozen = "frozen" in name
     assert units_run(ran, {**TRAINING, **GIVEN} if frozen else TRAINING) >= len(report.fused) - joined
     assert ran["add_relu_forward"] >= joined
-    assert_same_results(ours, step(before.double().train(), x.double()))
+    assert_same_results(ours, step(doubles[1], x64))
 
     model.eval()
     before = fr.restore(copy.deepcopy(model))
