@@ -1,19 +1,17 @@
-"""Torch-TensorRT."""
+"""TensorRT, through Torch-TensorRT."""
 
 from __future__ import annotations
 
-import importlib
-
-import torch
+from fused_resnet.dispatch import BackendUnavailableError
+from fused_resnet.tensorrt import to_tensorrt
 
 from .rivals import Entry, Job, rival
 
 
-@rival("torch-tensorrt", "Torch-TensorRT's engine of the whole net, channels_last")
+@rival("tensorrt", "TensorRT's engine of the whole net, which Torch-TensorRT built")
 def tensorrt(job: Job) -> Entry:
     job.only("infer", "cuda")
-    trt = importlib.import_module("torch_tensorrt")
-    net = job.plain().to(job.dtype, memory_format=torch.channels_last)
-    x = job.x.to(job.dtype, memory_format=torch.channels_last)
-    options = {"require_full_compilation": True, "use_explicit_typing": True}
-    return Entry(trt.compile(net, ir="dynamo", inputs=[x], **options), True)
+    try:
+        return Entry(to_tensorrt(job.plain(), job.x, dtype=job.dtype))
+    except BackendUnavailableError as error:
+        raise ImportError(str(error)) from error

@@ -318,11 +318,12 @@ def _modes(text: str) -> tuple[str, ...]:
 
 
 def _peers(text: str) -> tuple[str, ...]:
-    known = load_benchmarks("rivals").PEERS
+    rivals = load_benchmarks("rivals")
+    rivals.discover()
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"unknown peer {name!r}; expected some of {', '.join(known)}")
+        if name not in rivals.PEERS:
+            raise argparse.ArgumentTypeError(f"unknown peer {name!r}; expected some of {', '.join(rivals.PEERS)}")
     return names
 
 
@@ -407,7 +408,7 @@ def parser() -> argparse.ArgumentParser:
         type=_peers,
         default=("eager", "channels_last"),
         metavar="LIST",
-        help="rivals: eager, channels_last, compile (eager,channels_last)",
+        help="rivals: eager, channels_last, compile, onnxruntime, openvino, tensorrt, ... (eager,channels_last)",
     )
     add("--rounds", type=_at_least(10), metavar="N", help="timed runs of each (30 for inference, 10 for training)")
     add("--json", type=Path, metavar="FILE", help="write everything measured")

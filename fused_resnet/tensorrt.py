@@ -46,7 +46,7 @@ def to_tensorrt(
         or exported, or an argument is wrong. Torch-TensorRT's own errors where an engine cannot be built.
     """
     with _needed_by("to_tensorrt"):
-        torch_tensorrt, device = _torch_tensorrt(), _device()
+        torch_tensorrt, device = _torch_tensorrt(), gpu()
     if dtype not in (torch.float16, torch.float32, torch.bfloat16):
         raise ValueError(f"to_tensorrt: dtype must be torch.float16, float32 or bfloat16, got {dtype}")
     batches = _batches(example, dynamic_batch)
@@ -78,13 +78,18 @@ def unavailable() -> str | None:
     """What `to_tensorrt` lacks here, as one clause, or None."""
     try:
         _torch_tensorrt()
-        _device()
+        gpu()
     except BackendUnavailableError as error:
         return str(error)
     return None
 
 
-def _device() -> torch.device:
+def gpu() -> torch.device:
+    """The current one.
+
+    Raises:
+        BackendUnavailableError: there is none.
+    """
     if not torch.cuda.is_available():
         why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees none"
         raise BackendUnavailableError(f"an NVIDIA GPU, and {why}")

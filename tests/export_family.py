@@ -15,8 +15,11 @@ from torch import nn
 import fused_resnet as fr
 from fused_resnet.cli import MODELS
 from fused_resnet.export import to_onnx, to_pt2
+from fused_resnet.models.__main__ import PUBLISHED
 
 ANY_SIZE, ANY_BATCH = ((1, 3, 64, 64), (2, 3, 97, 65)), ((1, 3, 64, 64), (3, 3, 64, 64))
+OTHERS = [name for name in PUBLISHED if name not in MODELS and "1202" not in name and "1001" not in name]
+POOLED = ("resnet50d", "timm resnet26d")  # average pools with ceil_mode give other graphs for other sizes
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 
@@ -46,11 +49,11 @@ def test_family(torchvision: ModuleType, tmp_path: Path, name: str, dtype: torch
 
 
 @PRECISIONS
-@pytest.mark.parametrize("name", ["cifar_resnet20", "preact_resnet18", "preact_resnet50", "resnet50d"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_the_rest_of_the_family(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     model = getattr(fr, name)(num_classes=10).eval()
     randomise(model)
-    assert_exports(model, fr.restore(copy.deepcopy(model)), dtype, tmp_path, any_size=not name.endswith("d"))
+    assert_exports(model, fr.restore(copy.deepcopy(model)), dtype, tmp_path, any_size=name not in POOLED)
 
 
 FOREIGN = {
@@ -68,8 +71,7 @@ def test_fused_models_of_others(torchvision: ModuleType, tmp_path: Path, name: s
     randomise(model)
     fused = copy.deepcopy(model)
     assert fr.fuse(fused).fused
-    # The average pools of "d" shortcuts, with ceil_mode, give other graphs for other sizes.
-    any_size = not name.endswith("d")
+    any_size = name not in POOLED
     if not any_size:
         with pytest.raises(ValueError, match="not every batch and height and width will do; fix the sizes"):
             to_onnx(fused, images(1, 3, 64, 64), tmp_path / "net.onnx", dynamic_size=True)

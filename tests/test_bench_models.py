@@ -239,7 +239,7 @@ def test_every_rival_is_found() -> None:
         "fused calls",
         "onnxruntime",
     }
-    expected |= {"openvino", "torch-tensorrt", "attorch", "apex", "cudnn frontend", "fused_resnet", "as is"}
+    expected |= {"openvino", "tensorrt", "attorch", "apex", "cudnn frontend", "fused_resnet", "as is"}
     assert names == expected
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -246,6 +247,21 @@ def test_rivals_that_fail_are_shown_with_their_reason(
     assert "not available: it does inference only" in rows[5]
 
 
+def test_engines_are_timed_or_say_why_not(capsys: pytest.CaptureFixture[str], quick: None) -> None:
+    """Those that run on a CPU where they are installed; TensorRT needs a GPU."""
+    needs = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",), "tensorrt": ()}
+    result = Result(capsys, "bench", *TINY, "--mode", "infer", "--peers", ",".join(needs))
+    assert result.code == 0, (result.out, result.err)
+    rows = dict(line.split(maxsplit=1) for line in result.out.splitlines() if line.startswith(tuple(needs)))
+    assert list(rows) == list(needs)
+    assert rows.pop("tensorrt") == "not available: it runs on a GPU only"
+    for name, row in rows.items():
+        if all(importlib.util.find_spec(package) for package in needs[name]):
+            assert float(row.split()[0]) > 0, row
+        else:
+            assert row.startswith("not available: "), row
+
+
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_failed_parity_prints_no_speed_up(
     mode: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -333,7 +349,7 @@ def test_interrupting_before_any_time(capsys: pytest.CaptureFixture[str], monkey
         (["bench", "--dtype", "int8"], ["int8"]),
         (["bench", "--device", "tpu:0"], ["tpu", "cuda"]),
         (["bench", "--device", "cuda:99"], ["cuda:99", "not available"]),
-        (["bench", "--peers", "eager,jax"], ["jax", "channels_last"]),
+        (["bench", "--peers", "eager,jax"], ["jax", "channels_last", "openvino"]),
         (["bench", "--peers", "eager,,"], ["''", "channels_last"]),
         (["bench", "--json", "/no/such/folder/x.json"], ["/no/such/folder/x.json", "No such file"]),
         (["bench", "--json", "/proc/x.json"], ["/proc/x.json"]),

@@ -315,6 +315,18 @@ def test_pt2_round_trip(torchvision: ModuleType, tmp_path: Path, name: str) -> N
         assert_close(str(shape), infer(program.module(), x), infer(theirs, x), exact)
 
 
+def test_option_a_takes_any_size(tmp_path: Path) -> None:
+    """Its shortcut has no conv whose size torch.export could know for equal to the block's."""
+    model = fr.CifarResNet((1, 1, 1)).eval()
+    randomise(model)
+    module = torch.export.load(to_pt2(model, images(2, 3, 32, 32), tmp_path / "net.pt2", dynamic_size=True)).module()
+    theirs = fr.restore(copy.deepcopy(model))
+    for shape in SIZES:
+        x = images(*shape)
+        exact = infer(copy.deepcopy(theirs).double(), x.double())
+        assert_close(str(shape), infer(module, x), infer(theirs, x), exact)
+
+
 def test_fixed_sizes_and_dtypes(tmp_path: Path) -> None:
     model = fr.ResNet(fr.BasicBlock, (1, 1, 1, 1), num_classes=3).eval()
     randomise(model)

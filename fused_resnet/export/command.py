@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import fused_resnet
+from fused_resnet import tensorrt
 from fused_resnet.cli import RequestError, load_benchmarks
 from fused_resnet.convert import restore
 from fused_resnet.export.writers import replacing, to_onnx, to_pt2
 from fused_resnet.parity import FACTOR, compare
-from fused_resnet.tensorrt import to_tensorrt, unavailable
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 CROPS, EXACT = 16, 4  # compared by top-1 class, and by logits in float64
@@ -79,7 +79,7 @@ def _export(request: Request, path: Path) -> int:
         ours = _in_batches(load(path), crops.to(dtype), request.batch)
         stage("the same by torch, unfused")
         line, good = _agreement(model, crops, ours, dtype)
-    sizes = f"{request.batch or 'any'}x3x" + ("any size" if request.any_size else f"{request.size}x{request.size}")
+    sizes = f"{request.batch or 'N'}x3x" + ("HxW" if request.any_size else f"{request.size}x{request.size}")
     print(
         f"{request.model}, {str(dtype).removeprefix('torch.')}, images {sizes}, {runtime}; crops of {', '.join(names)}"
     )
@@ -176,17 +176,19 @@ def _pt2(request: Request) -> Format:
 def _tensorrt(request: Request) -> Format:
     if request.any_size:
         raise RequestError("--any-size: a TensorRT engine is built for one height and width")
-    if (reason := unavailable()) is not None:
+    if (reason := tensorrt.unavailable()) is not None:
         raise RequestError(f"--to tensorrt needs {reason}")
     import torch_tensorrt
 
     def write(model: nn.Module, example: Tensor, path: Path, dtype: torch.dtype) -> None:
-        engine = to_tensorrt(model, example, dtype=dtype, dynamic_batch=None if request.batch else BATCHES)
-        torch_tensorrt.save(engine, str(path), arg_inputs=[example.to("cuda", dtype)])
+        engine = tensorrt.to_tensorrt(model, example, dtype=dtype, dynamic_batch=None if request.batch else BATCHES)
+        least, _, most = BATCHES
+        dynamic = None if request.batch else ({0: torch.export.Dim("batch", min=least, max=most)},)
+        torch_tensorrt.save(engine, str(path), arg_inputs=[example.to(tensorrt.gpu(), dtype)], dynamic_shapes=dynamic)
 
     def load(path: Path) -> Run:
         module = torch_tensorrt.load(str(path)).module()
-        return lambda x: module(x.cuda()).cpu()
+        return lambda x: module(x.to(tensorrt.gpu())).cpu()
 
     return write, load, "run by TensorRT on the GPU"
 

@@ -31,7 +31,9 @@ class PadShortcut(FusedModule):
         """(N, inplanes, H, W) to (N, planes, ceil(H / stride), ceil(W / stride))."""
         if self._fused and isinstance(x, Proxy):
             return as_leaf(self, x)
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.planes - self.inplanes))
+        # The same pixels by a pool: exporters can prove that its sizes are the convs', and a slice's they cannot.
+        x = F.max_pool2d(x, 1, self.stride) if isinstance(x, Proxy) else x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, 0, self.planes - self.inplanes))
 
 
 class PooledShortcut(FusedModule, nn.Sequential):

@@ -35,7 +35,7 @@ def torch_tensorrt() -> Iterator[ModuleType]:
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (20 << 30, 24 << 30))
         module = importlib.import_module("torch_tensorrt")
         device = importlib.import_module("fused_resnet.tensorrt")
-        patch.setattr(device, "_device", lambda: torch.device("cpu"))
+        patch.setattr(device, "gpu", lambda: torch.device("cpu"))
         yield module
 
 

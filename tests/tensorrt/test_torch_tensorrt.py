@@ -18,7 +18,8 @@ from conftest import Builder
 from networks import randomise
 
 import fused_resnet as fr
-from fused_resnet.export import DECOMPOSITIONS
+from fused_resnet.cli import load_benchmarks
+from fused_resnet.export import DECOMPOSITIONS, command, to_plain
 from fused_resnet.tensorrt import register_converters, to_tensorrt
 
 X = torch.randn(2, 3, 64, 64)
@@ -85,6 +86,58 @@ def test_a_fixed_batch(builder: Builder, dtype: torch.dtype) -> None:
     assert tuple(engine.inputs[0].shape) == tuple(X.shape)
     # Rounding each weight once; the network itself is evaluated in float64.
     assert_computes(engine.output, model, X, 10 * torch.finfo(dtype).eps)
+
+
+def test_the_rival_of_the_benchmarks(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    rivals, plain_resnet = load_benchmarks("rivals"), load_benchmarks("plain_resnet").plain_resnet
+    rivals.discover()
+    monkeypatch.setattr(rivals.Job, "only", lambda *_: None)  # it asks for a GPU
+    model = plain_resnet("resnet18").eval()
+    randomise(model)
+    builder.images = X
+    job = rivals.Job("resnet18", "infer", torch.float16, model.state_dict(), X, torch.zeros(2, dtype=torch.long))
+    rivals.PEERS["tensorrt"].prepare(job)
+    (engine,) = builder.engines
+    assert engine.inputs[0].dtype.to(torch.dtype) == torch.float16
+    assert engine.layers["CONVOLUTION"] == 20
+    assert_computes(engine.output, model, X, 10 * torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.parametrize("batch", [None, 2], ids=["any batch", "batch 2"])
+def test_the_command_saves_an_engine_for_the_batches_that_it_was_built_for(
+    torch_tensorrt: ModuleType, builder: Builder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch: int | None
+) -> None:
+    saved: list[Any] = []
+    monkeypatch.setattr(torch_tensorrt, "save", lambda *args, **options: saved.append((args, options)))
+    write, _, _ = command._tensorrt(command.Request("tensorrt", tmp_path / "net.ep", batch=batch))
+    model = network("resnet18")
+    write(model, X, tmp_path / "net.ep", torch.float16)
+    ((engine, path), options) = saved.pop()
+    assert parts(engine) == (["_run_on_acc_0"], [])
+    assert path == str(tmp_path / "net.ep")
+    # What torch.export, by which Torch-TensorRT saves, makes of these options.
+    (x,) = options["arg_inputs"]
+    with torch.no_grad():
+        program = torch.export.export(to_plain(model).half(), (x,), dynamic_shapes=options["dynamic_shapes"])
+    sizes = [(limits.lower, limits.upper) for limits in program.range_constraints.values()]
+    assert sizes == ([(1, 64)] if batch is None else [])
+    (built,) = builder.engines[0].inputs
+    if batch is None:
+        assert (built.shape["min_shape"][0], built.shape["max_shape"][0]) == sizes[0]
+    else:
+        assert tuple(built.shape) == tuple(x.shape) == tuple(X.shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="an engine runs on a GPU alone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_an_engine_runs(torch_tensorrt: ModuleType, dtype: torch.dtype) -> None:
+    model = network("resnet18")
+    engine = to_tensorrt(model, X, dtype=dtype, dynamic_batch=(1, 2, 8))
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 64, 64)
+        with torch.no_grad():
+            assert_computes(engine(x.to("cuda", dtype)).cpu().double(), model, x, 100 * torch.finfo(dtype).eps)
 
 
 def fused_program(model: nn.Module, x: Tensor = X) -> torch.export.ExportedProgram:
