@@ -45,7 +45,8 @@ class FPN(nn.Module):
 
 
 class UNet(nn.Module):
-    """Ronneberger et al. 2015: an encoder, and a decoder that reads each of its maps again."""
+    """Ronneberger et al. 2015: an encoder, and a decoder that reads each of its maps again. It gives what is to be
+    added to the grey image."""
 
     def __init__(self, outputs: int = 3) -> None:
         super().__init__()
@@ -62,25 +63,31 @@ class UNet(nn.Module):
         *skips, y = self.encoder(x)
         for skip, up in zip(reversed(skips), self.up, strict=True):
             y = up(torch.cat([F.interpolate(y, size=skip.shape[2:], mode="nearest"), skip], 1))
-        return self.head(F.interpolate(y, size=x.shape[2:], mode="bilinear"))
+        return x + self.head(F.interpolate(y, size=x.shape[2:], mode="bilinear"))
 
 
-STRIDES = (4, 8, 16)
+STRIDES, HEIGHTS = (4, 8, 16), (8, 16, 32)  # of the levels, and of the digits that they find
 
 
 def scenes(count: int, generator: torch.Generator, size: int = 64) -> tuple[Tensor, list[Tensor]]:
-    """Scenes of three digits, 8, 16 and 32 pixels high; per level the label of each cell, 0 but for the digit's own."""
+    """Scenes of three digits, 8, 16 and 32 pixels high, apart from each other; per level the label of each cell, 0 but
+    for the digit's own."""
     found = load_digits()
     scans = torch.from_numpy(found.images).float() / 16
     x = torch.zeros(count, 1, size, size)
     labels = [torch.zeros(count, size // s, size // s, dtype=torch.long) for s in STRIDES]
     for n in range(count):
-        for level, height in enumerate((8, 16, 32)):
+        taken = torch.zeros(size, size, dtype=torch.bool)
+        for level, height in reversed(list(enumerate(HEIGHTS))):
             which = int(torch.randint(len(scans), (), generator=generator))
             digit = F.interpolate(scans[None, None, which], size=(height, height), mode="bilinear")[0, 0]
-            top, left = (int(v) for v in torch.randint(size - height + 1, (2,), generator=generator))
-            window = x[n, 0, top : top + height, left : left + height]
-            torch.maximum(window, digit, out=window)
+            while True:
+                top, left = (int(v) for v in torch.randint(size - height + 1, (2,), generator=generator))
+                window = (slice(top, top + height), slice(left, left + height))
+                if not taken[window].any():
+                    break
+            taken[window] = True
+            x[n, 0][window] = digit
             cell = ((top + height // 2) // STRIDES[level], (left + height // 2) // STRIDES[level])
             labels[level][(n, *cell)] = int(found.target[which]) + 1
     return x, labels
@@ -112,6 +119,7 @@ def train(net: nn.Module, loss_of: Callable[..., Tensor], steps: int, name: str)
     """The loss of each step."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     with tqdm(range(steps), name, unit="step") as bar:
         for _ in bar:
@@ -119,6 +127,7 @@ def train(net: nn.Module, loss_of: Callable[..., Tensor], steps: int, name: str)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            rate.step()
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
     return losses
@@ -126,30 +135,33 @@ def train(net: nn.Module, loss_of: Callable[..., Tensor], steps: int, name: str)
 
 @torch.no_grad()
 def draw(fpn: nn.Module, unet: nn.Module, path: Path) -> None:
-    """What both make of images they have not seen."""
+    """What both make of scenes and crops that they have not seen."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     generator = torch.Generator().manual_seed(1)
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
     axes = figure.subplots(2, 4)
-    x, _ = scenes(4, generator)
+    x, labels = scenes(4, generator)
+    maps = fpn.eval()(x)
     for n, axis in enumerate(axes[0]):
         axis.imshow(x[n, 0], cmap="gray")
-        for logits, stride, height in zip(fpn.eval()(x), STRIDES, (8, 16, 32), strict=True):
+        for logits, truth, stride, height in zip(maps, labels, STRIDES, HEIGHTS, strict=True):
             score = logits[n].softmax(0)[1:]
-            best = int(score.max(0).values.argmax())
-            row, column = divmod(best, score.shape[2])
-            centre = ((column + 0.5) * stride, (row + 0.5) * stride)
+            row, column = divmod(int(score.max(0).values.argmax()), score.shape[2])
             digit = int(score[:, row, column].argmax())
-            axis.annotate(str(digit), centre, color="#e07b39", fontsize=8 + height // 3, ha="center", va="center")
-    photographs = crops(2, generator, 128)
+            color = "#6fb7f2" if int(truth[n, row, column]) == digit + 1 else "#f08a3c"
+            left, top = ((cell + 0.5) * stride - height / 2 - 0.5 for cell in (column, row))
+            axis.add_patch(Rectangle((left, top), height, height, fill=False, color=color, lw=1.5))
+            axis.annotate(str(digit), (left, top), color=color, fontsize=11, weight="bold", ha="right", va="bottom")
+    photographs = crops(2, generator.manual_seed(4), 128)
     coloured = unet.eval()(photographs.mean(1, keepdim=True)).clamp(0, 1)
     for i in range(2):
         for axis, image in zip(axes[1, 2 * i :], (photographs[i], coloured[i]), strict=False):
             axis.imshow(image.permute(1, 2, 0))
-    for axis, title in zip(axes[1], ("photograph", "from its grey", "photograph", "from its grey"), strict=True):
-        axis.set_title(title, fontsize=9)
-    axes[0, 0].set_title("digits as the FPN names them", fontsize=9)
+    for axis, title in zip(axes[1], ("photograph", "the U-Net, from its grey") * 2, strict=True):
+        axis.set_title(title, fontsize=10)
+    figure.suptitle("digits as the FPN finds and names them: blue where both are right, orange where not", fontsize=10)
     for axis in axes.flat:
         axis.axis("off")
     figure.savefig(path, dpi=110)
