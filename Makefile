@@ -23,7 +23,7 @@ ifeq ($(FUSED_RESNET_NO_EXT),)
 export FUSED_RESNET_REQUIRE_EXT ?= $(if $(shell command -v c++),1,0)
 endif
 
-.PHONY: help bench bench-all degradation test lint wheel test-install test-abi test-aot test-zoo test-export test-tensorrt \
+.PHONY: help bench bench-all degradation test lint wheel test-install test-abi cuda-check test-aot test-zoo test-export test-tensorrt \
     test-distributed clean FORCE
 .DELETE_ON_ERROR:
 
@@ -61,6 +61,10 @@ test-install: $(STAMPS)/test ## installs in fresh environments, each another way
 
 test-abi: $(STAMPS)/test wheel ## the wheel under other versions of torch, no compiler at hand
 	$(BIN)/python -m pytest --noconftest -o addopts= -v -s tests/install/test_abi.py $(PYTEST_ARGS)
+
+cuda-check: export FUSED_RESNET_CUDA = 1
+cuda-check: $(STAMPS)/peers wheel ## the CUDA kernels for all architectures, under other versions of torch; no GPU needed
+	$(BIN)/python -m pytest --noconftest -o addopts= -v -s tests/install/check_cuda.py tests/install/test_abi.py $(PYTEST_ARGS)
 
 test-export: $(STAMPS)/peers $(STAMPS)/extension ## every network of the family through ONNX Runtime and .pt2, fp32 and fp16
 	$(BIN)/python -m pytest -v tests/export_family.py $(PYTEST_ARGS)

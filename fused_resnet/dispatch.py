@@ -8,6 +8,7 @@ A *backend* is a module of `fused_resnet.backends` that has some of the function
 
 and may have
 
+    ONLY_ON = {primitive: device type}             primitives that it has on one kind of device alone
     untested(op, x) -> None | reason               not proven equal to reference on x's device, dtype and layout
     slower(primitive, *args) -> None | reason      a backend behind it in the order is faster at this call
 
@@ -56,10 +57,10 @@ AUTOMATIC: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "cuda": {
         # Not measured yet: fused on the strength of the bytes they save, once they have proven equal to reference.
-        "add_relu": ("triton", "reference"),
-        "bn_act": ("triton", "reference"),
-        "bn_act_pool": ("triton", "reference"),
-        "bn_bn_act": ("triton", "reference"),
+        "add_relu": ("triton", "cpp", "reference"),
+        "bn_act": ("triton", "cpp", "reference"),
+        "bn_act_pool": ("triton", "cpp", "reference"),
+        "bn_bn_act": ("triton", "cpp", "reference"),
         "conv_bias_act": ("library", "reference"),
         "conv_bn_act": ("library", "reference"),
         "residual_block": ("reference",),
@@ -126,8 +127,9 @@ def is_fused(op: str, device_type: str) -> bool:
 def _available(backend: str, device_type: str) -> str | None:
     """None, or why the backend cannot be used at all; the automatic choice warns of it once."""
     reason = _module(backend).unavailable(device_type)
-    if reason is not None and backend not in _warned and requested() == "auto":
-        _warned.add(backend)
+    case = f"{backend} on {device_type}"
+    if reason is not None and case not in _warned and requested() == "auto":
+        _warned.add(case)
         warnings.warn(
             f"fused_resnet: the {backend!r} backend is not available ({reason}); falling back. "
             "`fused-resnet info` shows what runs instead.",
@@ -180,13 +182,20 @@ def _module(backend: str) -> ModuleType:
     return module
 
 
+def implementation(module: ModuleType, primitive: str, device_type: str) -> Callable[..., Any] | None:
+    """A backend's function for a primitive on one kind of device, or None."""
+    if getattr(module, "ONLY_ON", {}).get(primitive, device_type) != device_type:
+        return None
+    return getattr(module, primitive, None)
+
+
 def _refusal(backend: str, primitive: str, x: Tensor, args: tuple) -> tuple[Callable[..., Any] | None, str | None]:
     """(function, None) where the backend serves the call, else (None, reason)."""
     reason = _available(backend, x.device.type)
     if reason is not None:
         return None, reason
     module = _module(backend)
-    function = getattr(module, primitive, None)
+    function = implementation(module, primitive, x.device.type)
     if function is None:
         return None, f"it does not implement {primitive}"
     reason = module.supports(primitive, x, *args)
@@ -217,7 +226,7 @@ def choose(primitive: str, x: Tensor, *args: Any, backend: str | None = None) ->
             module = _module(name)
             if hasattr(module, "untested"):
                 reason = module.untested(_OP_OF[primitive], x)
-            elif hasattr(module, "slower"):
+            if reason is None and hasattr(module, "slower"):
                 reason = module.slower(primitive, x, *args)
             if reason is None:
                 return _choice(name, primitive, function, x, args, tuple(skipped))
@@ -293,7 +302,7 @@ def backend_table() -> BackendTable:
             for name in [*order, *(b for b in BACKENDS if b not in order)]:
                 module = _module(name)
                 reason = module.unavailable(device)
-                if reason is None and not any(hasattr(module, p) for p in primitives):
+                if reason is None and not any(implementation(module, p, device) for p in primitives):
                     reason = "does not implement it"
                 if reason is None and hasattr(module, "switched_off"):
                     reason = module.switched_off(device)

@@ -288,7 +288,7 @@ def test_interrupted_rounds_are_kept() -> None:
 
 def test_rows_say_what_really_ran(job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "unavailable", lambda device_type: "hidden by this test")
-    monkeypatch.setattr(dispatch, "_warned", {"cpp"})
+    monkeypatch.setattr(dispatch, "_warned", {"cpp on cpu"})
     one, _ = job()
     backends: dict[str, list[str]] = {}
     step = timing.watched(rivals.OURS["fused_resnet"], one, backends)

@@ -51,14 +51,6 @@ FR_CLONES void activate(Tile t, const T* __restrict x, acc_t<T>* __restrict out,
   }
 }
 
-// A tap of a window: NaN counts as largest, and the last one wins; among equals the first.
-template <bool Offsets, typename A, typename Index>
-FR_HD void take(A y, Index tap, A& best, Index& which) {
-  const bool larger = (y > best) | (y != y);
-  best = larger ? y : best;
-  if constexpr (Offsets) which = larger ? tap : which;
-}
-
 // n windows over three rows: of one pixel and n channels or (Planes) of one channel, two columns apart. `first`: the first
 // tap that is no padding, but for the column at the left edge of planes.
 template <typename T, bool Offsets, bool Planes>
@@ -163,9 +155,6 @@ void forward(const Pool& s, const T* x, T* out, uint8_t* offsets, const Vectors<
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------------
-
-template <typename A, typename Index>
-FR_HD A picked(Index offset, Index tap, A g) { return offset == tap ? g : A(0); }
 
 // The gradient of act's output at n quads of pixels, (even, even), (even, odd), (odd, even), (odd, odd), from the four
 // windows that see them: those `here`, to the right, below, and below to the right. Planes: the quads lie side by side, in

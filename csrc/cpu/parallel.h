@@ -7,6 +7,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "../math.h"
+
 // Plain loops are compiled once per x86 level and chosen at load time. Everything they call must be FR_HD (always inlined).
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define FR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -17,8 +19,6 @@
 namespace fused_resnet {
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread (as in at::parallel_for's users)
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // f(begin, end) for parts of [0, n), an item being about `work` elements. The same n and work give a thread the same part.
 template <typename F>

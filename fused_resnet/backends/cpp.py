@@ -1,10 +1,16 @@
-"""The compiled kernels of csrc, loaded from `_C`. Schemas stand here; csrc registers the implementations."""
+"""The compiled kernels of csrc, loaded from `_C`. Schemas stand here; csrc registers the implementations.
+
+The CUDA kernels have been run on a CPU, emulated, and compiled for GPUs, but not yet run on one: until that is done
+they count as unverified, and are chosen automatically only where `selfcheck` passes on the device at hand.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_resnet.backends import library
+from fused_resnet.backends import library, reference, selfcheck
 from fused_resnet.folding import accumulate_dtype, update_running_stats
 from fused_resnet.ops.checks import is_channels_last
 
@@ -33,6 +39,15 @@ _SCHEMAS = (
     " bool with_offsets) -> (Tensor out, Tensor offsets)",
     "bn_act_pool_backward(Tensor grad, Tensor offsets, Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
     " float eps, bool relu, bool training) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)",
+    "bn_bn_act_train_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " float momentum, float eps, Tensor x2, Tensor? gamma2, Tensor? beta2, Tensor(c!)? running_mean2,"
+    " Tensor(d!)? running_var2, float momentum2, float eps2, bool relu)"
+    " -> (Tensor out, Tensor mean, Tensor var, Tensor mean2, Tensor var2)",
+    "bn_bn_act_backward(Tensor grad, Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps,"
+    " Tensor x2, Tensor? gamma2, Tensor? beta2, Tensor mean2, Tensor var2, float eps2, bool relu)"
+    " -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_x2, Tensor grad_gamma2, Tensor grad_beta2)",
+    "second_moments(Tensor rows) -> (Tensor mean, Tensor moments)",
+    "cuda_check() -> ()",
     "conv_available() -> bool",
     "conv_pack(Tensor weight) -> Tensor",
     "conv_bias_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor(a!) out, int stride_h, int stride_w,"
@@ -40,7 +55,12 @@ _SCHEMAS = (
 )
 _PANEL = 32  # output channels that csrc's convolution takes at a time
 _KEPT = 6  # arguments of a choice for weights that are packed once: (weight, *geometry, activation)
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {
+    "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+_MOST_VALUES = 2**31 - 2**22  # of a channel, on CUDA: kMostPositions in csrc/cuda/plan.h
+ONLY_ON = {"bn_bn_act_train_forward": "cuda", "bn_bn_act_backward": "cuda", "second_moments": "cuda"}
 NOTES = {
     "conv_bias_act": "conv in torch, epilogue in csrc",
     "conv_bn_act": "conv in torch, epilogue in csrc",
@@ -78,11 +98,46 @@ _ops = torch.ops.fused_resnet_cpp
 
 
 def unavailable(device_type: str) -> str | None:
+    if device_type == "cuda":
+        return _load() or _cuda_unavailable()
     return _load() if device_type == "cpu" else f"no kernels for device {device_type}"
 
 
+@functools.cache
+def _cuda_unavailable() -> str | None:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cpp::cuda_check", "CompositeExplicitAutograd"):
+        return f"the extension was built without CUDA: {build_info().get('no_cuda') or 'unknown reason'}"
+    if torch.version.hip:
+        return "its CUDA kernels are for NVIDIA GPUs, and this torch is for AMD's"
+    if not torch.cuda.is_available():
+        return "no GPU is available"
+    try:
+        _ops.cuda_check.default()
+    except RuntimeError as error:  # the driver is too old, or there is no code for this GPU
+        message = str(error).splitlines()[0]
+        return f"its CUDA kernels cannot run: {re.sub(r'^.*?[.](cu|h):[0-9]+, ', '', message)}"
+    return None
+
+
 def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
-    return None if x.dtype in _DTYPES else f"no kernels for {x.dtype}"
+    if x.dtype not in _DTYPES[x.device.type]:
+        return f"no kernels for {x.dtype}"
+    if x.device.type == "cuda" and not primitive.startswith("conv_"):
+        largest = args[1] if primitive == "bn_act_pool_backward" else x
+        if largest.numel() >= _MOST_VALUES * max(largest.shape[1], 1) and not primitive.startswith("add_relu"):
+            return f"{_MOST_VALUES} values per channel or more"
+    return None
+
+
+_tested: dict[selfcheck.Case, str | None] = {}
+
+
+def untested(op: str, x: Tensor) -> str | None:
+    """None where the CUDA kernels of an op proved equal to `reference` for x's device, dtype and layout, or why not.
+
+    The proof is run once per process, by the first automatic choice; see `selfcheck`.
+    """
+    return None if x.device.type == "cpu" else selfcheck.untested(sys.modules[__name__], op, x, _tested)
 
 
 @functools.cache
@@ -93,7 +148,13 @@ def conv_unavailable() -> str | None:
 
 def _is_direct(x: Tensor, weight: Tensor, groups: int) -> bool:
     """Whether csrc's own convolution serves the call."""
-    if x.dtype != torch.float32 or groups != 1 or x.dim() != 4 or conv_unavailable() is not None:
+    if (
+        x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or groups != 1
+        or x.dim() != 4
+        or conv_unavailable() is not None
+    ):
         return False
     return weight.dim() == 5 or (weight.dtype == x.dtype and x.numel() > 0 and is_channels_last(x))
 
@@ -145,6 +206,32 @@ def _updatable(running: Tensor | None, x: Tensor) -> bool:
     return running is None or (running.dtype == accumulate_dtype(x.dtype) and running.is_contiguous())
 
 
+def _on_host(momentum: float | Tensor) -> bool:
+    return not isinstance(momentum, Tensor) or momentum.device.type == "cpu"
+
+
+_Running = tuple[Tensor | None, Tensor | None, "float | Tensor"]  # mean, variance, momentum
+
+
+def _update_in_kernel(x: Tensor, running: _Running) -> bool:
+    """Whether types, strides and momentum allow it; nothing may wait for a momentum on the device."""
+    return _on_host(running[2]) and _updatable(running[0], x) and _updatable(running[1], x)
+
+
+def _kernel_args(running: _Running, in_kernel: bool) -> tuple[Tensor | None, Tensor | None, float]:
+    return (*running[:2], float(running[2])) if in_kernel else (None, None, 0.0)
+
+
+def _updated(x: Tensor, running: _Running, in_kernel: bool, mean: Tensor, var: Tensor) -> None:
+    """What is left to do for the running statistics after the kernel."""
+    if in_kernel:
+        for buffer in running[:2]:
+            if buffer is not None and not buffer.is_inference():  # torch does not see the kernel's writes
+                torch.autograd.graph.increment_version(buffer)
+    elif x.numel():
+        update_running_stats(*running[:2], mean, var, running[2], x.numel() // x.shape[1])
+
+
 def bn_act_train_forward(
     x: Tensor,
     gamma: Tensor | None,
@@ -156,39 +243,14 @@ def bn_act_train_forward(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = _ops.bn_act_train_forward.default
-    options = (eps, activation == "relu")
-    return _train_forward(op, x, gamma, beta, running_mean, running_var, (residual,), momentum, options)
-
-
-def _train_forward(
-    op: Any,
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    given: tuple[Tensor | None, ...],
-    momentum: float | Tensor,
-    options: tuple[Any, ...],
-) -> Any:
-    """op(x, gamma, beta, running_mean, running_var, *given, momentum, *options), whose last results are mean and var.
-
-    Updates the running statistics: in the kernel where their type and strides allow it.
-    """
-    momentum = float(momentum)  # a tensor here lives on the CPU: nothing to wait for
-    args = (*given, momentum, *options)
-    if _updatable(running_mean, x) and _updatable(running_var, x):
-        result = op(x, _wide(gamma, x), _wide(beta, x), running_mean, running_var, *args)
-        for running in (running_mean, running_var):
-            if running is not None and not running.is_inference():
-                torch.autograd.graph.increment_version(running)
-        return result
-    result = op(x, _wide(gamma, x), _wide(beta, x), None, None, *args)
-    if x.numel():
-        mean, var = result[-2:]
-        update_running_stats(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1])
-    return result
+    running = (running_mean, running_var, momentum)
+    in_kernel = _update_in_kernel(x, running)
+    *buffers, weight = _kernel_args(running, in_kernel)
+    out, mean, var = _ops.bn_act_train_forward.default(
+        x, _wide(gamma, x), _wide(beta, x), *buffers, residual, weight, eps, activation == "relu"
+    )
+    _updated(x, running, in_kernel, mean, var)
+    return out, mean, var
 
 
 def bn_act_eval_forward(
@@ -241,10 +303,12 @@ def bn_act_pool_train_forward(
     activation: str | None,
     with_offsets: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    op = _ops.bn_act_pool_train_forward.default
-    options = (eps, activation == "relu", with_offsets)
-    result = _train_forward(op, x, gamma, beta, running_mean, running_var, (), momentum, options)
-    out, offsets, mean, var = result
+    running = (running_mean, running_var, momentum)
+    in_kernel = _update_in_kernel(x, running)
+    out, offsets, mean, var = _ops.bn_act_pool_train_forward.default(
+        x, _wide(gamma, x), _wide(beta, x), *_kernel_args(running, in_kernel), eps, activation == "relu", with_offsets
+    )
+    _updated(x, running, in_kernel, mean, var)
     return out, offsets if with_offsets else None, mean, var
 
 
@@ -277,6 +341,59 @@ def bn_act_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     vectors = (_wide(gamma, x), _wide(beta, x), _wide(mean, x), _wide(var, x))
     return _ops.bn_act_pool_backward.default(grad, offsets, x, *vectors, eps, activation == "relu", training)
+
+
+def bn_bn_act_train_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    x2: Tensor,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    momentum2: float | Tensor,
+    eps2: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first, second = (running_mean, running_var, momentum), (running_mean2, running_var2, momentum2)
+    in_kernel, in_kernel2 = _update_in_kernel(x, first), _update_in_kernel(x2, second)
+    out, mean, var, mean2, var2 = _ops.bn_bn_act_train_forward.default(
+        *(x, _wide(gamma, x), _wide(beta, x), *_kernel_args(first, in_kernel), eps),
+        *(x2, _wide(gamma2, x), _wide(beta2, x), *_kernel_args(second, in_kernel2), eps2, activation == "relu"),
+    )
+    _updated(x, first, in_kernel, mean, var)
+    _updated(x2, second, in_kernel2, mean2, var2)
+    return out, mean, var, mean2, var2
+
+
+def bn_bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    x2: Tensor,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    mean2: Tensor,
+    var2: Tensor,
+    eps2: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first = (_wide(gamma, x), _wide(beta, x), _wide(mean, x), _wide(var, x), eps)
+    second = (_wide(gamma2, x), _wide(beta2, x), _wide(mean2, x), _wide(var2, x), eps2)
+    return _ops.bn_bn_act_backward.default(grad, x, *first, x2, *second, activation == "relu")
+
+
+def second_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return _ops.second_moments.default(rows.contiguous()) if rows.numel() else reference.second_moments(rows)
 
 
 def _like(residual: Tensor, y: Tensor) -> Tensor:

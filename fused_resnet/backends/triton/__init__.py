@@ -12,10 +12,13 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fused_resnet.backends import selfcheck
 
 # primitive -> the module here that has it
 _MODULES = {
@@ -84,25 +87,15 @@ def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
     return None if special is None else special(primitive, x, *args)
 
 
+_tested: dict[selfcheck.Case, str | None] = {}
+
+
 def untested(op: str, x: Tensor) -> str | None:
     """None where the kernels of an op proved equal to `reference` on x's device, dtype and layout, else the reason.
 
     The proof is run once per process, by the first automatic choice; see `selfcheck`.
     """
-    case = (op, x.device, x.dtype, x.is_contiguous())
-    reason = _tested.get(case, _UNKNOWN)
-    if reason is not _UNKNOWN:
-        return reason
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "a CUDA graph is being captured, and the kernels are not checked yet: run once before"
-    from fused_resnet.backends.triton import selfcheck
-
-    reason = _tested[case] = selfcheck.run(*case)
-    return reason
-
-
-_UNKNOWN = "unknown"
-_tested: dict[tuple[str, torch.device, torch.dtype, bool], str | None] = {}
+    return selfcheck.untested(sys.modules[__name__], op, x, _tested)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_resnet.backends import reference
-from fused_resnet.backends import triton as backend
 
 Results = dict[str, Tensor]
 EPS = 1e-5
@@ -107,8 +107,32 @@ def _complaint(ours: Results, plain: Results, exact: Results) -> str | None:
     return None
 
 
-def run(op: str, device: torch.device, dtype: torch.dtype, nchw: bool) -> str | None:
+class Case(NamedTuple):
+    """What is proven at once."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    nchw: bool
+
+
+def untested(backend: ModuleType, op: str, x: Tensor, tested: dict[Case, str | None]) -> str | None:
+    """None where the backend's kernels of an op agree on x's device, dtype and layout, else the reason.
+
+    Run by the first question of a case; `tested` keeps the answers.
+    """
+    case = Case(op, x.device, x.dtype, x.is_contiguous())
+    if case in tested:
+        return tested[case]
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured, and the kernels are not checked yet: run once before"
+    reason = tested[case] = run(backend, case)
+    return reason
+
+
+def run(backend: ModuleType, case: Case) -> str | None:
     """None where all results are within the error budget, else the reason, which is warned about as well."""
+    op, device, dtype, nchw = case
     check = CHECKS.get(op)
     if check is None:
         return "there is no self-check for it"
@@ -123,5 +147,6 @@ def run(op: str, device: torch.device, dtype: torch.dtype, nchw: bool) -> str | 
         reason = f"its kernels fail: {type(error).__name__}: {error}"
     if reason is not None:
         where = f"{op} in {dtype}, {'NCHW' if nchw else 'NHWC'}, on {device}"
-        warnings.warn(f"fused_resnet: triton will not be used for {where}: {reason}", stacklevel=2)
+        name = backend.__name__.rpartition(".")[2]
+        warnings.warn(f"fused_resnet: {name} will not be used for {where}: {reason}", stacklevel=2)
     return reason
