@@ -70,7 +70,7 @@ tool() { command -v "$2" >/dev/null || { skip "$1" "no $2 here"; return 1; }; }
 
 build() {
     if tool "extension" ninja; then
-        step "extension" 500 env FUSED_RESNET_REQUIRE_EXT=1 ${CC:+TORCH_CUDA_ARCH_LIST="${CC%?}.${CC: -1}"} \
+        step "extension" 500 env FUSED_RESNET_REQUIRE_EXT=1 ${CC:+FUSED_RESNET_CUDA=1 TORCH_CUDA_ARCH_LIST="${CC%?}.${CC: -1}"} \
             "$PYTHON" setup.py build_ext --inplace
     fi
     step "info" 60 "$PYTHON" -m fused_resnet info
@@ -88,10 +88,14 @@ kernels() {
     gpu "kernels" || { step "one kernel on the CPU" 120 "$PYTHON" -m fused_resnet bench-ops --ops add_relu --model resnet18 \
         --batch 1 --rivals eager --rounds 3 --out "$scratch/ops.csv"; return; }
     local small=(--device cuda --rivals "eager,fused calls" --out "$out/ops.csv")
-    step "bf16, ours as chosen" 200 "$PYTHON" -m fused_resnet bench-ops "${small[@]}" --dtype bf16
-    step "bf16, triton" 150 "$PYTHON" -m fused_resnet bench-ops "${small[@]}" --dtype bf16 --backend triton --model resnet50
-    step "fp32, ours as chosen" 100 "$PYTHON" -m fused_resnet bench-ops "${small[@]}" --dtype fp32 --model resnet50
-    step "bf16, beside torch.compile" 120 "$PYTHON" -m fused_resnet bench-ops --device cuda --dtype bf16 --model resnet50 \
+    step "bf16, ours as chosen" 150 "$PYTHON" -m fused_resnet bench-ops "${small[@]}" --dtype bf16
+    for backend in triton cpp; do
+        step "bf16, $backend" 110 "$PYTHON" -m fused_resnet bench-ops "${small[@]}" --dtype bf16 --backend "$backend" \
+            --model resnet50
+    done
+    show=1 step "launch overhead" 25 "${MODULE[@]}" launch_overhead --device cuda
+    step "fp32, ours as chosen" 90 "$PYTHON" -m fused_resnet bench-ops "${small[@]}" --dtype fp32 --model resnet50
+    step "bf16, beside torch.compile" 110 "$PYTHON" -m fused_resnet bench-ops --device cuda --dtype bf16 --model resnet50 \
         --ops bn_act,add_relu,bn_act_pool --rivals compile --out "$out/ops-compile.csv"
 }
 
@@ -115,8 +119,8 @@ sanitize() {
     # racecheck, whose word on wgmma and TMA is not trusted.
     local run=("${MODULE[@]}" small_kernels --device cuda)
     for check in memcheck racecheck; do
-        for backend in triton auto; do
-            step "$check, $backend" 130 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$check" \
+        for backend in triton cpp auto; do
+            step "$check, $backend" 95 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$check" \
                 --error-exitcode 1 --print-limit 20 "${run[@]}" --backend "$backend"
         done
     done

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
+from fused_resnet import dispatch
 from fused_resnet.backends import cpp, reference
 from fused_resnet.cli import RequestError, load_benchmarks, main
 
@@ -267,6 +268,20 @@ def test_json_has_the_same_rows(tmp_path: Path) -> None:
     assert [r | {"date": ""} for r in one] == [r | {"date": ""} for r in two]
     with pytest.raises(RequestError, match="cannot be read"):
         records.read(tmp_path / "missing.csv")
+
+
+def test_launch_overhead(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_benchmarks("launch_overhead")
+    monkeypatch.setattr(module, "CALLS", 1)
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    monkeypatch.setattr("sys.argv", ["launch_overhead"])
+    assert module.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("triton     not measured: ")
+    assert [line.split()[1] for line in lines if line.startswith("reference")] == [
+        *dispatch.OPS["add_relu"],
+        *dispatch.OPS["bn_act"],
+    ]
 
 
 def test_small_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

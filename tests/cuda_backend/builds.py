@@ -50,10 +50,13 @@ def build(name: str, sources: list[Path], flags: str, libraries: str = "") -> Pa
     return folder / f"{name}.so"
 
 
-def emulated() -> Path:
-    """The kernels of csrc/cuda on the CPU, see emulated.h."""
+def emulated(sanitizer: str = os.environ.get("EMULATED_SANITIZER", "")) -> Path:
+    """The kernels of csrc/cuda on the CPU, see emulated.h. `sanitizer`: "address", in a process that preloads it."""
+    flags = "-DFUSED_RESNET_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
     libraries = f"-L{TORCH / 'lib'} -ltorch -ltorch_cpu -lc10"
-    return build("emulated", KERNELS, "-DFUSED_RESNET_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000", libraries)
+    if not sanitizer:
+        return build("emulated", KERNELS, flags, libraries)
+    return build(f"emulated_{sanitizer}", KERNELS, f"{flags} -fsanitize={sanitizer} -g1", libraries)
 
 
 def internals() -> Path:

@@ -1,9 +1,10 @@
-"""The Triton kernels on a GPU: parity, every config, determinism, streams, graphs, 64-bit offsets, tuning."""
+"""The Triton and the CUDA kernels on a GPU: parity, determinism, streams, graphs, 64-bit offsets; Triton's configs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,15 +15,27 @@ from torch.nn import functional as F
 
 import fused_resnet as fr
 from fused_resnet import dispatch, tuning
-from fused_resnet.backends import reference
-from fused_resnet.backends import triton as backend
+from fused_resnet.backends import cpp, reference, triton
 from fused_resnet.backends.triton import configs
 
 DEVICE = torch.device("cuda")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(backend.unavailable("cuda") is not None, reason=f"triton: {backend.unavailable('cuda')}"),
-]
+pytestmark = pytest.mark.gpu
+
+
+def name_of(backend: ModuleType) -> str:
+    return backend.__name__.rpartition(".")[2]
+
+
+def needs(module: ModuleType) -> pytest.MarkDecorator:
+    reason = module.unavailable("cuda")
+    return pytest.mark.skipif(reason is not None, reason=f"{name_of(module)}: {reason}")
+
+
+@pytest.fixture(params=[pytest.param(module, marks=needs(module)) for module in (triton, cpp)], ids=["triton", "cpp"])
+def backend(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
+
+
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
@@ -102,7 +115,7 @@ def run(op: Callable[..., Results], module: Any, tensors: list[Tensor]) -> Resul
         return op(module, *(t.clone() for t in tensors))
 
 
-def assert_in_budget(op: Callable[..., Results], tensors: list[Tensor]) -> None:
+def assert_in_budget(op: Callable[..., Results], backend: Any, tensors: list[Tensor]) -> None:
     ours, plain = run(op, backend, tensors), run(op, reference, tensors)
     exact = run(op, reference, [t.double() for t in tensors])
     rows = tensors[0].numel() // tensors[0].shape[1]
@@ -116,13 +129,14 @@ def assert_in_budget(op: Callable[..., Results], tensors: list[Tensor]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_parity(op, dtype, shape, layout):
-    assert_in_budget(op, [draw(shape, dtype, layout, seed) for seed in range(3)])
+def test_parity(op, dtype, shape, layout, backend):
+    assert_in_budget(op, backend, [draw(shape, dtype, layout, seed) for seed in range(3)])
 
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
+@needs(triton)
 def test_every_config(op, dtype, layout):
     """A config may be chosen by tuning: each must be right."""
     tensors = [draw((8, 64, 28, 28), dtype, layout, seed) for seed in range(3)]
@@ -135,15 +149,15 @@ def test_every_config(op, dtype, layout):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "pick", noting)
-        run(op, backend, tensors)
+        run(op, triton, tensors)
     for kernel, key in problems.items():
         for config in configs.candidates(kernel, key, configs.target(tensors[0])):
             with configs.override(kernel, config):
-                assert_in_budget(op, tensors)
+                assert_in_budget(op, triton, tensors)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_results_repeat_bit_for_bit(op):
+def test_results_repeat_bit_for_bit(op, backend):
     tensors = [draw((64, 64, 56, 56), torch.bfloat16, "nhwc", seed) for seed in range(3)]
     first = run(op, backend, tensors)
     for _ in range(3):
@@ -152,7 +166,7 @@ def test_results_repeat_bit_for_bit(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_nothing_waits_for_the_device(op):
+def test_nothing_waits_for_the_device(op, backend):
     tensors = [draw((4, 64, 28, 28), torch.float32, "nhwc", seed) for seed in range(3)]
     run(op, backend, tensors)  # compiles
     torch.cuda.synchronize()
@@ -168,7 +182,7 @@ def test_nothing_waits_for_the_device(op):
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_other_streams():
+def test_other_streams(backend):
     x = draw((16, 64, 56, 56), torch.bfloat16, "nhwc")
     expected = run(bn_act, backend, [x, x, x])
     stream = torch.cuda.Stream()
@@ -183,15 +197,42 @@ def test_other_streams():
         assert torch.equal(value, expected[name]), name
 
 
+@needs(cpp)
+@pytest.mark.parametrize("shape", [(1000, 72), (50000, 64), (12544, 512)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_second_moments(dtype, shape):
+    rows = (torch.randn(shape, device=DEVICE) * 2 + 30).to(dtype)
+    (mean, moments), (_, plain) = cpp.second_moments(rows), reference.second_moments(rows)
+    exact_mean, exact = reference.second_moments(rows.double())
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=4e-7, atol=0)
+    size = exact.diagonal().sqrt() * exact.diagonal().sqrt()[:, None]
+    error, allowed = (((t - exact).abs() / size).max() for t in (moments, plain))
+    assert error <= 2 * allowed + 4e-7
+    assert torch.equal(moments, moments.t())
+    assert torch.equal(moments, cpp.second_moments(rows)[1])
+
+
+@needs(cpp)
+def test_the_kernels_of_csrc_run():
+    x = draw((4, 64, 28, 28), torch.float32, "nhwc")
+    run(bn_act, cpp, [x, x, x])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        cpp.bn_act_train_forward(x, *bn(64), x, 0.1, EPS, "relu")
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages() if "_kernel" in event.key]
+    for kernel in ("statistics_kernel", "statistics_finish_kernel", "apply_kernel"):
+        assert any(kernel in name for name in names), names
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_other_devices():
+def test_other_devices(backend):
     x = draw((4, 64, 28, 28), torch.float32, "nhwc")
     other = x.to("cuda:1")
     assert torch.equal(backend.add_relu_forward(other, other).cpu(), backend.add_relu_forward(x, x).cpu())
     assert torch.cuda.current_device() == 0
 
 
-def test_cuda_graphs():
+def test_cuda_graphs(backend):
     x = draw((16, 64, 28, 28), torch.bfloat16, "nhwc")
     gamma, beta, mean, var = bn(64)
 
@@ -210,8 +251,9 @@ def test_cuda_graphs():
     assert not torch.equal(mean, before)
 
 
-def test_nothing_is_checked_during_capture(monkeypatch):
+def test_nothing_is_checked_during_capture(backend, monkeypatch):
     monkeypatch.setattr(backend, "_tested", {})
+    monkeypatch.setitem(dispatch.AUTOMATIC["cuda"], "add_relu", (name_of(backend), "reference"))
     x = draw((4, 64, 8, 8), torch.float32, "nhwc")
     chosen = []
     graph = torch.cuda.CUDAGraph()
@@ -220,19 +262,19 @@ def test_nothing_is_checked_during_capture(monkeypatch):
         x + x
     assert chosen[0].backend == "reference"
     assert "captured" in chosen[0].skipped[0][1]
-    assert dispatch.choose("add_relu_forward", x).backend == "triton"
+    assert dispatch.choose("add_relu_forward", x).backend == name_of(backend)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", ["add_relu", "bn_act", "bn_bn_act", "bn_act_pool"])
-def test_the_self_check_passes(op, dtype, layout, monkeypatch):
+def test_the_self_check_passes(op, dtype, layout, backend, monkeypatch):
     monkeypatch.setattr(backend, "_tested", {})
     assert backend.untested(op, draw((2, 2, 2, 2), dtype, layout)) is None
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_equals_eager(compiler):
+def test_compiled_equals_eager(compiler, backend):
     x = draw((8, 64, 28, 28), torch.float32, "nhwc").requires_grad_()
     gamma, beta, _, _ = bn(64)
 
@@ -241,7 +283,7 @@ def test_compiled_equals_eager(compiler):
         y = fr.ops.add_relu(y, x)
         return fr.ops.bn_act_pool(y, gamma, beta, None, None, training=True)
 
-    with fr.use_backend("triton"):
+    with fr.use_backend(name_of(backend)):
         eager = stem(x)
         compiled = torch.compile(stem, backend=compiler, fullgraph=True)(x)
     torch.testing.assert_close(compiled, eager)
@@ -249,7 +291,7 @@ def test_compiled_equals_eager(compiler):
     torch.testing.assert_close(grads[1], grads[0])
 
 
-def test_more_than_2_31_elements():
+def test_more_than_2_31_elements(backend):
     """Offsets are 64-bit: NHWC and NCHW, at the far end of the tensor."""
     need = 5 * (2**31 + 2**27) * 2
     free, _ = torch.cuda.mem_get_info()
@@ -276,10 +318,10 @@ def test_more_than_2_31_elements():
         torch.cuda.empty_cache()
 
 
-def test_the_stem_keeps_no_rectified_tensor():
+def test_the_stem_keeps_no_rectified_tensor(backend):
     x = draw((32, 64, 112, 112), torch.bfloat16, "nhwc").requires_grad_()
     gamma, beta, mean, var = bn(64)
-    with fr.use_backend("triton"):
+    with fr.use_backend(name_of(backend)):
         fr.ops.bn_act_pool(x, gamma, beta, mean, var, training=True)  # compiles
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -291,6 +333,7 @@ def test_the_stem_keeps_no_rectified_tensor():
     torch.testing.assert_close(out, plain, rtol=2e-2, atol=2e-2)
 
 
+@needs(triton)
 def test_tuning_on_this_device(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
     monkeypatch.setattr(configs, "_tables", {})
