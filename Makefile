@@ -23,8 +23,8 @@ ifeq ($(FUSED_RESNET_NO_EXT),)
 export FUSED_RESNET_REQUIRE_EXT ?= $(if $(shell command -v c++),1,0)
 endif
 
-.PHONY: help bench bench-all degradation test lint wheel test-install test-abi cuda-check test-aot test-zoo test-export test-tensorrt \
-    test-distributed clean FORCE
+.PHONY: help bench bench-all bench-zoo degradation test lint wheel test-install test-abi cuda-check test-aot test-zoo \
+    test-export test-tensorrt test-distributed clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -35,6 +35,9 @@ bench: $(STAMPS)/bench $(STAMPS)/extension ## parity, then speed: make bench BEN
 
 bench-all: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## all of benchmarks/RESULTS.md, in about 20 minutes; it resumes
 	$(BIN)/fused-resnet bench-all $(BENCH_ARGS)
+
+bench-zoo: $(STAMPS)/bench $(STAMPS)/peers $(STAMPS)/extension ## fuse() on every model of benchmarks/zoo.py: the README's table; it resumes
+	$(BIN)/python -m fused_resnet.benchmarks.bench_zoo --readme README.md $(BENCH_ARGS)
 
 test: lint $(STAMPS)/extension $(STAMPS)/peers ## lint, then the tests: make test PYTEST_ARGS="-k add_relu"
 	@test "$(FUSED_RESNET_REQUIRE_EXT)" != 1 || $(BIN)/python -c "import torch, fused_resnet._C"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 class Entry(NamedTuple):
     """`make` builds the model, `shape` is an input's; the numbers of units and of whole residual blocks that are to be
-    found, and of batch norms left alone."""
+    found, and of batch norms left alone. For timing, images are `larger` times as wide and high."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     fused: int
     blocks: int = 0
     skipped: int = 0
+    larger: int = 2
 
 
 def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -54,6 +56,7 @@ class Detector(nn.Module):
         if not self.training:
             return self.model.backbone(x)
         side = x.shape[-1]
+        self.model.transform.min_size, self.model.transform.max_size = (side,), side
         boxes = torch.tensor([[0.1, 0.1, 0.6, 0.7], [0.3, 0.2, 0.9, 0.8]], dtype=x.dtype, device=x.device) * side
         masks = torch.zeros(2, side, side, dtype=torch.uint8, device=x.device)
         masks[:, side // 4 : side // 2, side // 4 : side // 2] = 1
@@ -63,18 +66,62 @@ class Detector(nn.Module):
         return self.model(list(x), [target] * len(x))
 
 
-def _detector(name: str, frozen: bool = False, **options: Any) -> Callable[[], nn.Module]:
+# Few proposals: what follows the backbone is torchvision's own.
+_PROPOSALS = {"rpn_pre_nms_top_n_train": 100, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 8}
+
+
+def _detector(name: str, frozen: bool = False) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         norm = importlib.import_module("torchvision.ops.misc").FrozenBatchNorm2d if frozen else nn.BatchNorm2d
-        sizes = {"min_size": 64, "max_size": 64, "num_classes": 5}
+        options: dict[str, Any] = {} if name.startswith("retinanet") else _PROPOSALS
         detection = importlib.import_module("torchvision.models.detection")
         return Detector(
             getattr(detection, name)(
-                weights=None, weights_backbone=None, trainable_backbone_layers=5, norm_layer=norm, **sizes, **options
+                weights=None,
+                weights_backbone=None,
+                trainable_backbone_layers=5,
+                norm_layer=norm,
+                num_classes=5,
+                **options,
             )
         )
 
     return make
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression in plain torch: indices of the boxes kept, (n,)."""
+    from torchvision.ops import box_iou
+
+    overlap, kept = box_iou(boxes, boxes) > iou_threshold, []
+    dead = torch.zeros(len(boxes), dtype=torch.bool)
+    for index in scores.argsort(descending=True, stable=True).tolist():
+        if not dead[index]:
+            kept.append(index)
+            dead |= overlap[index]
+    return torch.tensor(kept, dtype=torch.long)
+
+
+_libraries: list[torch.library.Library] = []
+
+
+def without_extension() -> None:
+    """Make torchvision importable beside a torch that its extension was not built for, with `nms` in plain torch and
+    `roi_align` its own Python, not compiled."""
+    try:
+        importlib.import_module("torchvision")
+        return
+    except RuntimeError as error:
+        if "nms" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _libraries.append(library)
+    importlib.import_module("torchvision.ops").boxes.nms = nms
+    torch.compiler.set_stance("force_eager")
 
 
 def _double(inputs: int, outputs: int) -> nn.Sequential:
@@ -269,7 +316,7 @@ ZOO: dict[str, Entry] = {
         for name, fused in {"r3d_18": 17, "mc3_18": 17, "r2plus1d_18": 34}.items()
     },
     **{
-        f"torchvision:{name}{', frozen BN' * frozen}": Entry(_detector(name, frozen), _PAIR, 53, 16)
+        f"torchvision:{name}{', frozen BN' * frozen}": Entry(_detector(name, frozen), _PAIR, 53, 16, larger=1)
         for name in _DETECTORS
         for frozen in (False, True)
     },

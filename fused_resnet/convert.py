@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fused_resnet.blocks import ResidualBlock
 from fused_resnet.fusion.plan import plan_model
 from fused_resnet.fusion.report import FuseReport
 from fused_resnet.fusion.scope import FusedScope, Fusion, swap_in, swap_out
@@ -59,7 +60,7 @@ def fuse(model: nn.Module, memory: str = "balanced") -> FuseReport:
         for unit in planned.units
     ]
     blocks = [(planned.path or type(model).__name__, block.what) for planned in plan.scopes for block in planned.blocks]
-    return FuseReport(fused + _own_units(model), plan.skipped, blocks)
+    return FuseReport(fused + _own_units(model), plan.skipped, blocks + _own_blocks(model))
 
 
 def _undo(scopes: list[nn.Module], before: dict[int, tuple[FusedScope, Fusion | None]]) -> None:
@@ -79,6 +80,12 @@ def _own_units(model: nn.Module) -> list[tuple[str, str]]:
         elif isinstance(module, (BNAct, AddReLU)):
             found.append((path, "fused_resnet's own"))
     return found
+
+
+def _own_blocks(model: nn.Module) -> list[tuple[str, str]]:
+    """The residual blocks that are `fused_resnet`'s own."""
+    modules = model.named_modules()
+    return [(path, ", ".join(block.units())) for path, block in modules if isinstance(block, ResidualBlock)]
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -52,6 +52,7 @@ def test_in_place_and_nothing_moves(torchvision: ModuleType) -> None:
     assert len(report.fused) == UNITS
     assert report.skipped == []
     assert str(report).startswith("20 fused: 9 x conv + BN + ReLU, 8 x conv + BN + add + ReLU, 3 x conv + BN; 0 batch")
+    assert [name for name, _ in report.blocks] == [f"layer{i}.{j}" for i in range(1, 5) for j in range(2)]
     assert list(model.state_dict()) == keys
     assert [name for name, _ in model.named_modules()] == names
     assert [id(t) for t in (*model.parameters(), *model.buffers())] == tensors
@@ -298,6 +299,8 @@ def test_our_own_models() -> None:
     assert [type(m) for m in model.modules()] == kinds
     assert len(report.fused) == UNITS
     assert report.skipped == []
+    assert report.blocks[0] == ("layer1.0", "conv1, conv2")
+    assert len(report.blocks) == 8
     fr.restore(model)
     assert unfused_units(model)
     fr.fuse(model)
