@@ -166,8 +166,13 @@ def _new_class(origin: type[nn.Module]) -> type[nn.Module]:
     forward.__wrapped__ = unfused  # type: ignore[attr-defined]  # signatures and torch.fx see the model's own
     forward.__doc__ = unfused.__doc__
 
+    # `type(self)(...)`, as slices of containers call it, makes the model's own class; `__new__` alone is for copies.
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return origin(*args, **kwargs)  # what slices of containers, say, make of type(self)
+        return origin(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
+    def init(self: Any) -> None:
+        self.__class__ = origin
+        origin.__init__(self)
 
     def extra_repr(self: Any) -> str:
         lines = [origin.extra_repr(self)]
@@ -183,6 +188,7 @@ def _new_class(origin: type[nn.Module]) -> type[nn.Module]:
             "__qualname__": origin.__qualname__,
             "__doc__": origin.__doc__,
             "__new__": new,
+            "__init__": init,
             "_origin": origin,
             "_origin_forward": unfused,
             "forward": forward,

@@ -314,6 +314,38 @@ def test_slices_of_containers_are_plain(torchvision: ModuleType) -> None:
     assert len(model[:2]) == 2
 
 
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x)))
+
+
+def test_instances_made_of_a_fused_one() -> None:
+    """Another instance by its class is not fused; a replica, as DataParallel makes them, is."""
+    model = Small().double()
+    fr.fuse(model)
+    other = type(model)()
+    assert type(other) is Small
+    assert other(images(2, 3, 9, 9)).shape == (2, 4, 7, 7)
+    assert list(other.state_dict()) == list(model.state_dict())
+    replica = model._replicate_for_data_parallel()
+    assert isinstance(replica, fr.modules.FusedModule)
+    assert torch.equal(replica(images(2, 3, 9, 9).double()), model(images(2, 3, 9, 9).double()))
+    assert unfused_units(replica) == []
+
+
+def test_export(pair: tuple[nn.Module, nn.Module]) -> None:
+    """torch.export follows the fused forward, ops included."""
+    ours, theirs = (model.eval() for model in pair)
+    program = torch.export.export(ours, (X(),))
+    ops = [node for node in program.graph.nodes if "fused_resnet." in str(node.target)]
+    assert len(ops) == UNITS
+    torch.testing.assert_close(program.module()(X()), theirs(X()))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 def test_timm_entry_points(torchvision: ModuleType) -> None:
     import timm
