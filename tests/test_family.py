@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs_cpp
 from networks import images, infer, primitives, randomise
 from torch import Tensor, nn
 
 import fused_resnet as fr
+from fused_resnet.cli import load_benchmarks
 from fused_resnet.convert import unfused_units
 from fused_resnet.models.__main__ import PUBLISHED, counts, image
 from fused_resnet.models.common import PadShortcut
@@ -149,6 +151,16 @@ def test_inference_is_one_kernel_per_conv(monkeypatch: pytest.MonkeyPatch) -> No
     # 13 convs (the projections' are bare), and a BN + ReLU before each block but the first, and at the end
     assert ran["conv_bias_act_forward"] == 13
     assert ran["bn_act_eval_forward"] == 6
+    assert sum(ran.values()) == 19
+
+
+def test_preactivation_in_training_is_one_op_per_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fr.PreActResNet(fr.PreActBottleneck, (2, 2, 2), 10).train()
+    with primitives(monkeypatch) as ran:
+        model(images(2, 3, 16, 16)).sum().backward()
+    # the stem's; three in a block, but two in the first; the last
+    assert ran["bn_act_train_forward"] == ran["bn_act_backward"] == 1 + 6 * 3 - 1 + 1
+    assert sum(ran.values()) == 2 * 19
 
 
 def test_resnet50d_is_timms(torchvision: ModuleType) -> None:
@@ -268,21 +280,28 @@ def test_impossible_options(call: Any, error: type[Exception], message: str) -> 
 # Depth
 
 
-def _kept(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd holds after the forward pass, parameters apart."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, int] = {}
+depth = load_benchmarks("depth")
 
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(x).square().sum()
-    loss.backward()
-    return sum(held.values())
+@needs_cpp
+def test_calls_and_bytes_of_a_deep_network() -> None:
+    """What `benchmarks/depth.py` prints: 19 convs and batch norms in any form, fewer calls and "low" fewer bytes."""
+    x = images(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    models = depth.networks("cifar_resnet20", torch.device("cpu"))
+    eager, balanced, low = (depth.calls(model, x) for model in models.values())
+    for forward, backward in (eager, balanced, low):
+        assert forward["aten.convolution"] == backward["aten.convolution_backward"] == 19
+    assert eager[0]["aten.native_batch_norm"] == eager[1]["aten.native_batch_norm_backward"] == 19
+    for forward, backward in (balanced, low):
+        assert not any("native_batch_norm" in name for name in forward | backward)
+        assert sum(forward.values()) < 0.7 * sum(eager[0].values())
+    assert sum(balanced[1].values()) < sum(eager[1].values())
+    kept = [depth.kept(model, x) for model in models.values()]
+    assert kept[1] <= 1.05 * kept[0]
+    assert kept[2] < 0.6 * kept[1]
+    table = depth.measure(models, images(1, 3, 8, 8), 3)
+    assert [line.split()[0] for line in table[1:]] == ["torch", "fused,", "fused,"]
+    assert str(sum(low[1].values())) in table[3].split()
 
 
 def test_1202_layers_train() -> None:
@@ -290,7 +309,7 @@ def test_1202_layers_train() -> None:
     assert sys.getrecursionlimit() <= 1000
     x = images(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     model = fr.cifar_resnet1202(memory="low")
-    low = _kept(model, x)
+    low = depth.kept(model, x)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert sum(bool(p.grad.any()) for p in model.parameters()) > 3000
     twin = copy.deepcopy(model)
@@ -298,5 +317,5 @@ def test_1202_layers_train() -> None:
     for module in model.modules():
         if isinstance(module, fr.BasicBlock):
             module.memory = "fast"
-    fast = _kept(model, x)
+    fast = depth.kept(model, x)
     assert low < 0.6 * fast, (low, fast)

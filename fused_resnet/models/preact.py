@@ -2,6 +2,10 @@
 
 The first block follows the stem's own BN and ReLU and has none; where a stage changes the shape, the shortcut reads the
 activated input (the paper's appendix; the projection is a bare 1x1 conv there, as in its published code).
+
+A BN and ReLU between two convs are fused with the first of them: in inference they are in its weights and its kernel,
+in training one op on its output. A block's first pair has a sum before it, which the shortcut reads too: it is one op
+of its own, forward and backward, one pass over the sum where torch makes two.
 """
 
 from __future__ import annotations
