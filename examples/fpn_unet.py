@@ -119,7 +119,7 @@ def train(net: nn.Module, loss_of: Callable[..., Tensor], steps: int, name: str)
     """The loss of each step."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 3 * (1 - step / steps)))
     losses = []
     with tqdm(range(steps), name, unit="step") as bar:
         for _ in bar:
