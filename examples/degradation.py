@@ -152,14 +152,16 @@ def draw(results: list[Result], seed: int, path: Path) -> None:
     )
     for zero_init, style in ((False, "o"), (True, "s")):
         label = f"zero_init_residual={zero_init}"
+        found = changes(deepest, zero_init, seed)
         axes[1, 1].plot(
-            changes(deepest, zero_init, seed), style, ms=4, label=label, color=shades["residual"][2 * zero_init]
+            range(1, len(found) + 1), found, style, ms=4, label=label, color=shades["residual"][2 * zero_init]
         )
     axes[1, 1].set(
         title="at initialisation: each block's change of its input", xlabel="block", ylabel="|H(x) - x| / |x|"
     )
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[1]:
         axis.legend(frameon=False)
     figure.suptitle("Plain and residual networks on handwritten digits, one recipe")
