@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import batchnorm, dispatch
-from fused_resnet.modules import has_pairs
+from fused_resnet.modules import call_reason, has_pairs
 from fused_resnet.ops.checks import autocast_dtype, is_channels_last, is_traced, needs_grad
 from fused_resnet.ops.residual_block import Plan, Unit, residual_block
 from fused_resnet.plans import plan_block
@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 def may_be_whole(x: Tensor, memory: str) -> bool:
     """Whether there is a question at all: what a call looks like before any module is looked at."""
-    if memory == "fast" or not torch.is_grad_enabled() or is_traced(x):
+    if memory == "fast" or not torch.is_grad_enabled() or is_traced(x) or call_reason() is not None:
         return False
     return is_channels_last(x) or not x.numel()  # an empty tensor has lost its layout
 
