@@ -181,7 +181,8 @@ def info(args: argparse.Namespace) -> int:
         lines.append(("", "which belongs to another install than the package"))
     if build.get("built"):
         lines.append(("", f"built with torch {build.get('torch')}, {build.get('compiler')}"))
-        lines.append(("", f"flags {' '.join(build.get('flags') or ())}; CUDA {build.get('cuda') or 'not built'}"))
+        lines.append(("", f"flags {' '.join(build.get('flags') or ())}"))
+        lines.append(("", f"CUDA {build.get('cuda') or 'not built: ' + (build.get('no_cuda') or 'unknown reason')}"))
     for folder in extension.get("elsewhere", ()):
         lines.append(
             ("", f"another install, {folder}, has an extension, but {found['package']} comes first on sys.path")

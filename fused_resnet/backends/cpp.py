@@ -122,9 +122,9 @@ def _cuda_unavailable() -> str | None:
 def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
     if x.dtype not in _DTYPES[x.device.type]:
         return f"no kernels for {x.dtype}"
-    if x.device.type == "cuda" and not primitive.startswith("conv_"):
-        largest = args[1] if primitive == "bn_act_pool_backward" else x
-        if largest.numel() >= _MOST_VALUES * max(largest.shape[1], 1) and not primitive.startswith("add_relu"):
+    if x.device.type == "cuda" and primitive.startswith("bn_"):
+        x = args[1] if primitive == "bn_act_pool_backward" else x
+        if x.numel() >= _MOST_VALUES * max(x.shape[1], 1):
             return f"{_MOST_VALUES} values per channel or more"
     return None
 

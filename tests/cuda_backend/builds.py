@@ -53,10 +53,36 @@ def build(name: str, sources: list[Path], flags: str, libraries: str = "") -> Pa
 def emulated(sanitizer: str = os.environ.get("EMULATED_SANITIZER", "")) -> Path:
     """The kernels of csrc/cuda on the CPU, see emulated.h. `sanitizer`: "address", in a process that preloads it."""
     flags = "-DFUSED_RESNET_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
+    flags += (
+        " -fsanitize=alignment -fsanitize-undefined-trap-on-error"  # a GPU faults on unaligned vectors, a CPU does not
+    )
     libraries = f"-L{TORCH / 'lib'} -ltorch -ltorch_cpu -lc10"
     if not sanitizer:
         return build("emulated", KERNELS, flags, libraries)
     return build(f"emulated_{sanitizer}", KERNELS, f"{flags} -fsanitize={sanitizer} -g1", libraries)
+
+
+def run_emulated(*arguments: str, sanitizer: str = "") -> subprocess.CompletedProcess[str]:
+    """pytest with the plugin emulation.py, in a process of its own: the tests of `cpp` call the emulated kernels."""
+    emulated(sanitizer)
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment = inherited | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "EMULATED_SANITIZER": sanitizer}
+    if sanitizer:
+        runtime = subprocess.check_output([*CXX.split(), "-print-file-name=libasan.so"], text=True).strip()
+        environment |= {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0,detect_stack_use_after_return=0"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "emulation",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        *arguments,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
 
 def internals() -> Path:

@@ -74,7 +74,7 @@ class Block {
   static void wait() { current_->leave(true); }
 
  private:
-  static constexpr size_t kStack = 256 * 1024;
+  static constexpr size_t kStack = 48 * 1024;
   struct Fiber {
     Context context;
     std::unique_ptr<char[]> stack{new char[kStack]};

@@ -60,7 +60,8 @@ def results(module: Any, x: Tensor, y: Tensor, grad: Tensor) -> list[Tensor]:
 def test_any_grid(dtype, layout, aligned, multiprocessors, monkeypatch):
     """Blocks of the last and the first channels and positions, one block for all, more blocks than work."""
     monkeypatch.setenv("EMULATED_MULTIPROCESSORS", str(multiprocessors))
-    inputs = [torch.randn(2, 40, 12, 20).to(dtype).contiguous(memory_format=layout) for _ in range(3)]
+    shape = (2, 40, 12, 20) if multiprocessors > 1 else (5, 24, 32, 36)  # a position for each thread, or several
+    inputs = [torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3)]
     inputs = inputs if aligned else [shifted(t) for t in inputs]
     ours, plain = results(cpp, *inputs), results(reference, *inputs)
     exact = results(reference, *(t.double() for t in inputs))

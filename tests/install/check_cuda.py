@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "cuda_backend"))
 
+import builds  # noqa: E402
 import cubins  # noqa: E402
 
 COMMANDS = runpy.run_path(str(ROOT / "csrc" / "build_commands.py"))
@@ -80,3 +81,11 @@ def test_it_loads_beside_this_torch(package: Path) -> None:
     if report["cuda"] is not None:  # no GPU here
         assert report["cuda"] == "no GPU is available" or "cannot run" in report["cuda"]
         assert re.search(r"driver is too old|no kernel can be loaded", report["check"])
+
+
+def test_no_access_outside_a_tensor() -> None:
+    """The emulated kernels under the address sanitizer: each of torch's allocations has guarded edges then."""
+    tests = str(builds.HERE / "emulated_kernels.py")
+    done = builds.run_emulated(tests, "-k", "(any_grid and 7) or second_moments", sanitizer="address")
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
+    assert " passed" in done.stdout
