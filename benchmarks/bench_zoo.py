@@ -167,7 +167,11 @@ def run(out: Path, only: str = "", fresh: bool = False, until: str = "times", re
             bar.set_description(name)
             if store.has(suite="zoo", subject=name, metric=metric, direction=direction):
                 continue
-            rows = measure(name, ZOO[name], until)
+            try:
+                rows = measure(name, ZOO[name], until)
+            except ImportError as error:
+                bar.write(f"{name} is left out: {harness.one_line(error)}")
+                continue
             store.drop(suite="zoo", subject=name)
             store.put(rows)
             gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,6 +59,15 @@ def test_no_speed_without_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "| unet | 10 | 0 | 0 | **not in inference and training** | - | - |" in out.with_suffix(".md").read_text()
     monkeypatch.setattr(bench, "measure", lambda *args: pytest.fail("measured again"))
     bench.run(out, "unet")
+
+
+def test_a_missing_package_leaves_its_models_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert bench.run(tmp_path / "zoo.csv", "timm:resnet26d") == 0
+    assert "timm:resnet26d is left out: " in capsys.readouterr().out
+    assert "resnet26d" not in (tmp_path / "zoo.md").read_text()
 
 
 def test_requests(tmp_path: Path) -> None:
