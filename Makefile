@@ -78,7 +78,7 @@ test-tensorrt: $(STAMPS)/tensorrt ## the real converters and engine builder of T
 degradation: $(STAMPS)/bench $(STAMPS)/extension ## plain against residual networks by depth: a table and degradation.png
 	$(BIN)/python examples/degradation.py
 
-test-distributed: $(STAMPS)/test $(STAMPS)/extension ## torchrun: four processes, FSDP2, a process that dies
+test-distributed: $(STAMPS)/test $(STAMPS)/extension ## torchrun: four processes, FSDP2, a process that dies, a job that goes on
 	$(BIN)/python -m pytest -o addopts= -v tests/distributed $(PYTEST_ARGS)
 
 clean: ## what was built and cached; not $(VENV)

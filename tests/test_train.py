@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torchruns import assert_trains_as_one, losses
 
 import fused_resnet as fr
@@ -98,6 +99,17 @@ def test_unfused_losses_agree(tmp_path: Path) -> None:
         _train(tmp_path / name, unfused=unfused, epochs=1)
     fused, unfused_ = (torch.tensor([float(v) for v in losses(tmp_path / n)]) for n in ("fused", "unfused"))
     torch.testing.assert_close(fused, unfused_, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_compiled_losses_agree(tmp_path: Path) -> None:
+    for name, compiled in (("eager", False), ("compiled", True)):
+        torch.compiler.reset()
+        counters.clear()
+        _train(tmp_path / name, compile=compiled, epochs=1, batch=256)
+        assert bool(counters["frames"]["ok"]) == compiled
+    eager, compiled_ = (torch.tensor([float(v) for v in losses(tmp_path / n)]) for n in ("eager", "compiled"))
+    torch.testing.assert_close(eager, compiled_, rtol=1e-3, atol=1e-3)
 
 
 def test_accumulation_is_the_whole_batch(tmp_path: Path) -> None:
