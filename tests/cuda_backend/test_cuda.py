@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fused_resnet import dispatch
-from fused_resnet.backends import cpp, selfcheck
+from fused_resnet.backends import cpp, selfcheck, triton
 
 COMMANDS = runpy.run_path(str(builds.ROOT / "csrc" / "build_commands.py"))
 NVCC_HOME = COMMANDS["nvcc_home"]()
@@ -107,7 +107,8 @@ def on_a_gpu_machine(monkeypatch):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cpp, "_ops", SimpleNamespace(cuda_check=SimpleNamespace(default=lambda: None)))
+    ops = SimpleNamespace(cuda_check=SimpleNamespace(default=lambda: None), conv_available=cpp._ops.conv_available)
+    monkeypatch.setattr(cpp, "_ops", ops)
     cpp._cuda_unavailable.cache_clear()
     yield
     cpp._cuda_unavailable.cache_clear()
@@ -163,3 +164,25 @@ def test_primitives_of_one_device(primitive):
 def test_the_order_on_cuda(op):
     assert dispatch.AUTOMATIC["cuda"][op] == ("triton", "cpp", "reference")
     assert op in selfcheck.CHECKS  # else it would never be chosen
+
+
+def test_the_table_tells_which_of_triton_and_cpp_is_live(on_a_gpu_machine, monkeypatch):
+    """Triton where it proved equal to the reference, else csrc, each with its reason."""
+    complaint = "its kernels differ from torch: out"
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, device=None, **options: empty(*args, **options))
+    monkeypatch.setattr(triton, "unavailable", lambda device_type: None)
+    monkeypatch.setattr(triton, "untested", lambda op, x: complaint if op == "bn_act" else None)
+    monkeypatch.setattr(cpp, "untested", lambda op, x: None)
+    rows = {(row.op, row.backend): row for row in dispatch.backend_table() if row.device == "cuda"}
+    assert not rows["bn_act", "triton"].live
+    assert rows["bn_act", "triton"].note == complaint
+    assert rows["bn_act", "cpp"].live
+    assert "self-check passed" in rows["bn_act", "cpp"].note
+    assert rows["add_relu", "triton"].live
+    assert not rows["add_relu", "cpp"].live
+    assert rows["add_relu", "cpp"].note == "on request; triton comes first"
+    monkeypatch.setattr(triton, "unavailable", lambda device_type: "triton is not installed")
+    rows = {(row.op, row.backend): row for row in dispatch.backend_table() if row.device == "cuda"}
+    assert rows["add_relu", "cpp"].live
+    assert rows["add_relu", "triton"].note == "triton is not installed"
