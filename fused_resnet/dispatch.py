@@ -39,6 +39,16 @@ OPS: dict[str, tuple[str, ...]] = {
     "bn_bn_act": ("bn_bn_act_train_forward", "bn_bn_act_backward"),
     "conv_bias_act": ("conv_bias_act_forward",),
     "conv_bn_act": ("conv_bn_act_forward",),
+    "prologue": (
+        "prologue_conv_forward",
+        "prologue_conv_grad_input",
+        "prologue_conv_grad_weight",
+        "prologue_moments",
+        "prologue_end_forward",
+        "prologue_end_backward",
+        "prologue_products",
+        "bn_mask_backward",
+    ),
     "residual_block": ("second_moments",),
 }
 _OP_OF = {primitive: op for op, primitives in OPS.items() for primitive in primitives}
@@ -53,6 +63,7 @@ AUTOMATIC: dict[str, dict[str, tuple[str, ...]]] = {
         "bn_bn_act": ("cpp", "reference"),
         "conv_bias_act": ("cpp", "library", "reference"),
         "conv_bn_act": ("library", "cpp", "reference"),
+        "prologue": ("reference",),
         "residual_block": ("reference",),
     },
     "cuda": {
@@ -63,6 +74,7 @@ AUTOMATIC: dict[str, dict[str, tuple[str, ...]]] = {
         "bn_bn_act": ("triton", "cpp", "reference"),
         "conv_bias_act": ("library", "reference"),
         "conv_bn_act": ("library", "reference"),
+        "prologue": ("triton", "reference"),  # asked for by the plans that say so alone
         "residual_block": ("reference",),
     },
 }

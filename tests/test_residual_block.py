@@ -74,7 +74,10 @@ def _results(block: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -
     return named | {name: b.detach() for name, b in block.named_buffers() if "num_batches" not in name}
 
 
-PLANS = [rb.Plan(gram, gram, memory) for gram, memory in itertools.product((True, False), ("balanced", "low"))]
+PLANS = [
+    rb.Plan(gram, gram, memory, prologue)
+    for gram, memory, prologue in itertools.product((True, False), ("balanced", "low"), (False, True))
+]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)

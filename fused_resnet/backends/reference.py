@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from fused_resnet.folding import accumulate_dtype, update_running_stats
 
+BN = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]  # mean, var, gamma, beta, eps
+Sums = tuple[Tensor, Tensor]  # grad_gamma, grad_beta
+
 
 def unavailable(device_type: str) -> str | None:
     return None
@@ -308,3 +311,177 @@ def second_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     mean = wide.mean(0)
     centred = wide - mean
     return mean, centred.t() @ centred
+
+
+# Convolutions that read a raw conv output through its BN and ReLU (a *prologue*). `bn` is (mean, var, gamma, beta, eps);
+# None: the input is read as it is. Nothing here has groups, and an input is never empty.
+
+
+def _read(y: Tensor, bn: BN | None) -> Tensor:
+    if bn is None:
+        return y
+    mean, var, gamma, beta, eps = bn
+    return bn_act_eval_forward(y, gamma, beta, mean, var, None, eps, "relu")
+
+
+def _rows(x: Tensor, stride: tuple[int, int] = (1, 1)) -> Tensor:
+    """The pixels that a 1x1 conv reads, as (rows, C)."""
+    x = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
+    return x.reshape(-1, x.shape[3])
+
+
+def _raw_gradient(g: Tensor, y: Tensor, bn: BN, sums: Sums | None) -> Tensor:
+    """The gradient of y from g, that of bn(y); `sums` (grad_gamma, grad_beta) where bn took its statistics from y."""
+    mean, var, gamma, _, eps = bn
+    acc = accumulate_dtype(y.dtype)
+    rstd = torch.rsqrt(var.to(acc) + eps)
+    scale = rstd if gamma is None else rstd * gamma.to(acc)
+    column = lambda v: v.view(1, -1, 1, 1)  # noqa: E731
+    dy = g.to(acc)
+    if sums is not None:
+        grad_gamma, grad_beta = (s.to(acc) / (y.numel() // y.shape[1]) for s in sums)
+        dy = dy - column(grad_beta) - (y.to(acc) - column(mean.to(acc))) * column(rstd * grad_gamma)
+    return (dy * column(scale)).to(y.dtype)
+
+
+def _masked(da: Tensor, y: Tensor, bn: BN) -> tuple[Tensor, Tensor, Tensor]:
+    """(g, grad_gamma, grad_beta): da where relu(bn(y)) is positive, and bn's own gradients."""
+    mean, var, gamma, beta, eps = bn
+    return bn_mask_backward(da, _read(y, bn), y, mean, var, eps)
+
+
+def bn_mask_backward(
+    grad: Tensor, out: Tensor | None, y: Tensor, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(g, grad_gamma, grad_beta) of a BN of y whose output, perhaps after an addition, went through a ReLU to `out`.
+
+    g = grad * (out > 0 or out is NaN), grad without `out`; grad_gamma = sum(g * xhat), grad_beta = sum(g).
+    """
+    g = grad if out is None else add_relu_backward(grad, out)
+    acc = accumulate_dtype(y.dtype)
+    rows, centred = _rows(g).to(acc), _rows(y).to(acc) - mean.to(acc)
+    return g, (rows * centred).sum(0) * torch.rsqrt(var.to(acc) + eps), rows.sum(0)
+
+
+def prologue_conv_forward(
+    x: Tensor,
+    bn: BN | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    statistics: bool,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, mean, var) of y = conv(relu(bn(x))); without `statistics` (y, None, None), else running ones are updated."""
+    y = F.conv2d(_read(x, bn), weight, None, stride, padding, dilation)
+    if not statistics:
+        return y, None, None
+    acc = accumulate_dtype(y.dtype)
+    wide = _rows(y).to(acc)
+    mean = wide.mean(0)
+    var = (wide - mean).square_().mean(0)
+    update_running_stats(running_mean, running_var, mean, var, momentum, wide.shape[0])
+    return y, mean, var
+
+
+def prologue_conv_grad_input(
+    g: Tensor,
+    y: Tensor,
+    bn: BN,
+    sums: Sums | None,
+    weight: Tensor,
+    x: Tensor,
+    x_bn: BN | None,
+    add: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient of x through y = conv(relu(x_bn(x))) from g, that of bn(y); `sums` as in bn's backward.
+
+    With x_bn (gradient of x_bn(x), grad_gamma, grad_beta), else (gradient of x, None, None). `add` is a further
+    gradient of x, or of the pixels of x that a 1x1 conv of some stride reads; only without x_bn.
+    """
+    dy = _raw_gradient(g, y, bn, sums)
+    da = torch.nn.grad.conv2d_input(list(x.shape), weight, dy, stride, padding, dilation)
+    if x_bn is not None:
+        return _masked(da, x, x_bn)
+    if add is not None:
+        steps = (-(-x.shape[2] // add.shape[2]), -(-x.shape[3] // add.shape[3]))
+        da[:, :, :: steps[0], :: steps[1]] += add
+    return da, None, None
+
+
+def prologue_conv_grad_weight(
+    g: Tensor,
+    y: Tensor,
+    bn: BN,
+    sums: Sums | None,
+    x: Tensor,
+    x_bn: BN | None,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """The gradient of the weight, (K, C, *kernel) in y's dtype, of y = conv(relu(x_bn(x))) from g, that of bn(y)."""
+    shape = (y.shape[1], x.shape[1], *kernel)
+    a = _read(x, x_bn)
+    return torch.nn.grad.conv2d_weight(a, list(shape), _raw_gradient(g, y, bn, sums), stride, padding, dilation)
+
+
+def prologue_moments(x: Tensor, bn: BN | None, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`second_moments` of the pixels of relu(bn(x)) that a 1x1 conv reads."""
+    return second_moments(_rows(_read(x, bn), stride))
+
+
+def prologue_end_forward(
+    x: Tensor,
+    bn: BN | None,
+    weight: Tensor,
+    x2: Tensor | None,
+    weight2: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    stride2: tuple[int, int],
+    activation: str | None,
+) -> Tensor:
+    """act(conv(relu(bn(x))) + conv2(x2) + shift + residual), both convs 1x1."""
+    y = F.conv2d(_read(x, bn), weight, shift.to(x.dtype), stride)
+    if x2 is not None:
+        y += F.conv2d(x2, weight2, None, stride2)
+    return _finish_(y, residual, activation)
+
+
+def prologue_products(g: Tensor, x: Tensor, bn: BN | None, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(g^T a, sum(g)) over the rows in the accumulation type, a the pixels of relu(bn(x)) that a 1x1 conv reads."""
+    acc = accumulate_dtype(x.dtype)
+    rows = _rows(g).to(acc)
+    return rows.t() @ _rows(_read(x, bn), stride).to(acc), rows.sum(0)
+
+
+def prologue_end_backward(
+    g: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    bn: BN | None,
+    square: Tensor | None,
+    shift: Tensor | None,
+    stride: tuple[int, int],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """g weight + a square + shift per pixel, a those of relu(bn(x)) that a 1x1 conv reads: weight (K, C), square (C, C).
+
+    With bn as `prologue_conv_grad_input`: (the gradient of bn(x), grad_gamma, grad_beta), else (that of a, None, None).
+    """
+    n, _, h, w = g.shape
+    da = _rows(g) @ weight
+    if square is not None:
+        da = da.addmm_(_rows(_read(x, bn), stride), square)
+    if shift is not None:
+        da += shift.to(da.dtype)
+    da = da.view(n, h, w, -1).permute(0, 3, 1, 2)
+    return (da, None, None) if bn is None else _masked(da, x, bn)

@@ -3,68 +3,38 @@
 Two forms of the conv whose output joins the shortcut (and of the projection, which is one more of its kind):
 
 - *stored output*: y = conv(a) is stored, its statistics are taken, and one fused pass makes relu(bn(y) + shortcut).
-- *Gram form* (1x1 convs that do not narrow): the batch statistics of y = W a follow, before the conv runs, from the
-  mean mu and the second moments K = sum (a - mu)(a - mu)^T of the narrow input: m = W mu, var = rowsum((W K) * W) / M.
-  So conv, BN, shortcut and ReLU are one convolution with folded weights, in training too, and y never exists.
+- *Gram form*: its statistics follow from the moments of its input, and all of that is one convolution; the formulas
+  stand in `block_units`.
 
-Between the units only raw conv outputs y_k are kept; each rectified a_k is formed again in the backward pass.
-
-Backward of the Gram form, with g = dL/dout * (out > 0), r = 1 / sqrt(var + eps), A = gamma r, rows of W the outputs:
-
-    Q = g^T a     S1 = sum(g) = dbeta     S2 = r (rowsum(Q * W) - m S1) = dgamma     B = -A r S2 / M
-    H = W^T diag(B) W       e = B (W mu - m) - A S1 / M
-    dW = A Q + B (W K) + n e mu^T         da = g (diag(A) W) + (a - mu) H + e W
-
-Across processes (`Unit.group`) m, var, M, and S1 and S2 in B and e are those of all, merged as `sync_bn_act` does; a,
-g, mu, K, Q, the n rows, dgamma and dbeta stay this process's own (alone, n = M and W mu = m). Both forms thus exchange
-the same numbers, and each process is free to choose. With given statistics (eval, frozen) B = e = 0.
+Between the units only raw conv outputs y_k are kept; each rectified a_k is formed again in the backward pass. Here as a
+tensor before each conv (*materialised*); in `prologue_block` by each conv that reads it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_resnet import dispatch
-from fused_resnet.folding import accumulate_dtype, fold
+from fused_resnet.folding import accumulate_dtype
+from fused_resnet.ops import prologue_block
+from fused_resnet.ops.block_units import (
+    Plan,
+    Spec,
+    State,
+    Unit,
+    as_gradient,
+    given_state,
+    gram_folded,
+    gram_gradients,
+    gram_state,
+)
 from fused_resnet.ops.checks import as_layout, autocast_dtype, check_batch_statistics, check_shape
 from fused_resnet.ops.conv_bias_act import conv_output_shape
-from fused_resnet.ops.sync_bn_act import mean_gradients, merge_statistics, sync_bn_act_backward, sync_bn_act_forward
-
-
-class Unit(NamedTuple):
-    """A bias-free conv and its BN. `training`: normalise with batch statistics, else with the running ones; `group`:
-    with those of all processes of a group of torch.distributed."""
-
-    weight: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    momentum: float | Tensor = 0.1
-    eps: float = 1e-5
-    training: bool = True
-    group: Any = None
-
-    @property
-    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
-        return self.stride, self.padding, self.dilation, self.groups
-
-
-class Plan(NamedTuple):
-    """How a block runs: Gram form (else stored output) for the last conv and for the projection, and what is kept for
-    backward: "balanced", raw conv outputs; "low", none of them, they are computed again."""
-
-    gram: bool
-    gram_projection: bool
-    memory: str = "balanced"
+from fused_resnet.ops.sync_bn_act import sync_bn_act_backward, sync_bn_act_forward
 
 
 def residual_block(x: Tensor, units: tuple[Unit, ...], projection: Unit | None, plan: Plan) -> Tensor:
@@ -86,33 +56,8 @@ def residual_block(x: Tensor, units: tuple[Unit, ...], projection: Unit | None, 
     if dtype is not None:
         x, every = x.to(dtype), tuple(u._replace(weight=u.weight.to(dtype)) for u in every)
     flat = [t for u in every for t in (u.weight, u.gamma, u.beta)]
-    spec = _Spec(every, projection is not None, plan, dispatch.requested())
+    spec = Spec(every, projection is not None, plan, dispatch.requested())
     return ResidualBlockFunction.apply(x, spec, *flat)
-
-
-class _Spec(NamedTuple):
-    units: tuple[Unit, ...]  # the projection last
-    projected: bool
-    plan: Plan
-    backend: str
-
-    def split(self, values: Any) -> tuple[Any, Any]:
-        """(the main path's, the projection's or None) of one value per unit."""
-        return (values[:-1], values[-1]) if self.projected else (values, None)
-
-
-class _State(NamedTuple):
-    """What backward knows of one unit: its raw output (None in Gram form) and the statistics it was normalised with,
-    of `count` values per channel; in Gram form also the mean and the second moments of the unit's input, and how far
-    the mean of this process's outputs is from `mean`."""
-
-    y: Any
-    mean: Tensor
-    var: Tensor
-    count: Any = None
-    mu: Any = None
-    moments: Any = None
-    offset: Any = None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -138,7 +83,7 @@ def _sampled(x: Tensor, unit: Unit) -> Tensor:
 
 def _normalised(
     y: Tensor, unit: Unit, residual: Tensor | None, activation: str | None, backend: str
-) -> tuple[Tensor, _State]:
+) -> tuple[Tensor, State]:
     """act(bn(y) + residual), the statistics taken from y or given."""
     if unit.training:
         check_batch_statistics(y, unit.eps, unit.group is not None)
@@ -148,88 +93,55 @@ def _normalised(
             out, *statistics = dispatch.call("bn_act_train_forward", y, *args, backend=backend)
         else:
             out, *statistics = sync_bn_act_forward(y, *args, unit.group, backend)
-        return out, _State(y, *statistics)
-    state = _State(y, unit.running_mean, unit.running_var)  # type: ignore[arg-type]
+        return out, State(y, *statistics)
+    state = State(y, unit.running_mean, unit.running_var)  # type: ignore[arg-type]
     return _again(state, unit, residual, activation, backend), state
 
 
-def _again(state: _State, unit: Unit, residual: Tensor | None, activation: str | None, backend: str) -> Tensor:
+def _again(state: State, unit: Unit, residual: Tensor | None, activation: str | None, backend: str) -> Tensor:
     """act(bn(y) + residual) with the statistics that are known."""
     args = (unit.gamma, unit.beta, state.mean, state.var, residual, unit.eps, activation)
     return dispatch.call("bn_act_eval_forward", state.y, *args, backend=backend)
 
 
-_CANCELLED = 1e-3
-
-
 def _gram_forward(
     a: Tensor, unit: Unit, residual: Tensor | None, activation: str | None, backend: str
-) -> tuple[Tensor, _State] | None:
+) -> tuple[Tensor, State] | None:
     """act(bn(conv(a)) + residual) as one convolution; `a` is what the 1x1 conv reads (already sampled).
 
-    None where `a` is empty, or the variances would lose their digits (rows of W nearly in the null space of K), checked
-    on the CPU.
+    None where `a` is empty, or the variances would lose their digits.
     """
     if not a.numel():
         return None
-    weight = unit.weight.flatten(1).to(accumulate_dtype(a.dtype))
-    on_cpu = a.device.type == "cpu"
     if not unit.training:
-        mean, var = unit.running_mean, unit.running_var
-        state = _State(None, mean, var)  # type: ignore[arg-type]
-        folded, shift = fold(unit.weight, None, unit.gamma, unit.beta, mean, var, unit.eps)  # type: ignore[arg-type]
+        state = given_state(unit)
     else:
         check_batch_statistics(a, unit.eps, unit.group is not None)
         rows = _rows(a)
         mu, moments = dispatch.call("second_moments", rows, backend=backend)
-        count = rows.shape[0]
-        own, var = weight @ mu, ((weight @ moments) * weight).sum(1).div_(count).clamp_(min=0)
-        if on_cpu:
-            magnitude = (weight.abs() @ moments.diagonal().clamp(min=0).sqrt()).square_().div_(count)
-            lost = magnitude.mul_(torch.finfo(weight.dtype).eps) > _CANCELLED * (var + unit.eps)
-            if bool(lost.any()):
-                return None
-        running = (unit.running_mean, unit.running_var)
-        mean, var, total = merge_statistics(own, var, count, *running, unit.momentum, unit.group)
-        state = _State(None, mean, var, total, mu, moments, own - mean)
-        folded, _ = fold(unit.weight, None, unit.gamma, unit.beta, mean, var, unit.eps)
-        # From the rounded weights, so that their rounding shifts no channel's mean.
-        shift = _scale(unit, var) * state.offset - folded.flatten(1).to(weight.dtype) @ mu
-        shift = (shift if unit.beta is None else shift + unit.beta).to(a.dtype)
-    if on_cpu and not bool(torch.isfinite(shift).all()):
+        found = gram_state(unit, mu, moments, rows.shape[0])
+        if found is None:
+            return None
+        state = found
+    folded, shift = gram_folded(unit, state)
+    shift = shift.to(a.dtype)
+    if a.device.type == "cpu" and not bool(torch.isfinite(shift).all()):
         backend = "reference"  # oneDNN's ReLU would turn NaN into 0 and hide it
     args = (folded, shift, residual, (1, 1), (0, 0), (1, 1), 1, activation)
     return dispatch.call("conv_bias_act_forward", a, *args, backend=backend), state
 
 
-def _scale(unit: Unit, var: Tensor) -> Tensor:
-    """gamma / sqrt(var + eps) in the type of `var`."""
-    rstd = torch.rsqrt(var + unit.eps)
-    return rstd if unit.gamma is None else rstd * unit.gamma.to(var.dtype)
-
-
-def _gram_backward(g: Tensor, a: Tensor, unit: Unit, state: _State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(da, dW, dgamma, dbeta) of bn(conv(a)) in Gram form; the formulas stand at the top."""
-    acc = accumulate_dtype(a.dtype)
-    weight = unit.weight.flatten(1).to(acc)
+def _gram_backward(g: Tensor, a: Tensor, unit: Unit, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(da, dW, dgamma, dbeta) of bn(conv(a)) in Gram form."""
     g_rows, a_rows = _rows(g), _rows(a)
-    q, s1 = _products(g_rows, a_rows, acc)
-    mean, var = state.mean.to(acc), state.var.to(acc)
-    rstd, scale = torch.rsqrt(var + unit.eps), _scale(unit, var)
-    s2 = rstd * ((q * weight).sum(1) - mean * s1)
-    scaled = scale[:, None] * weight
-    dweight = scale[:, None] * q
-    if not unit.training:
-        da = g_rows @ scaled.to(g.dtype)
-        return _images(da, a), dweight.view_as(unit.weight), s2, s1
-    mean_g, mean_gx = mean_gradients(s1, s2, state.count, unit.group)
-    slope = -scale * rstd * mean_gx  # B
-    rest = slope * state.offset - scale * mean_g  # e
-    dweight.addcmul_(slope[:, None], weight @ state.moments).addr_(g_rows.shape[0] * rest, state.mu)
-    h = weight.t() @ (slope[:, None] * weight)
-    shift = rest @ weight - state.mu @ h
-    da = torch.addmm(shift.to(g.dtype), a_rows, h.to(g.dtype)).addmm_(g_rows, scaled.to(g.dtype))
-    return _images(da, a), dweight.view_as(unit.weight), s2, s1
+    q, s1 = _products(g_rows, a_rows, accumulate_dtype(a.dtype))
+    found = gram_gradients(q, s1, g_rows.shape[0], unit, state)
+    scaled = found.scaled.to(g.dtype)
+    if found.square is None or found.shift is None:
+        da = g_rows @ scaled
+    else:
+        da = torch.addmm(found.shift.to(g.dtype), a_rows, found.square.to(g.dtype)).addmm_(g_rows, scaled)
+    return _images(da, a), found.weight, found.gamma, found.beta
 
 
 _CHUNK = 8192
@@ -251,9 +163,11 @@ class ResidualBlockFunction(torch.autograd.Function):
     """Keeps x, the block's output, the raw conv outputs (not with "low") and small vectors and matrices."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: _Spec, *flat: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, spec: Spec, *flat: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            out, states, plan = _forward(x, spec)
+            prologue = spec.plan.prologue and prologue_block.serves(x, spec.units)
+            spec = spec._replace(plan=spec.plan._replace(prologue=prologue))
+            out, states, plan = (prologue_block.forward if prologue else _forward)(x, spec)
         if plan.memory == "low":
             states = [state._replace(y=None) for state in states]
         blank: Any = dict.fromkeys(("weight", "gamma", "beta", "running_mean", "running_var"))
@@ -271,17 +185,22 @@ class ResidualBlockFunction(torch.autograd.Function):
             for i, unit in enumerate(ctx.spec.units)
         )
         saved = saved[3 * count :]
-        size = len(_State._fields)
-        states = [_State(*saved[size * i : size * (i + 1)]) for i in range(count)]
+        size = len(State._fields)
+        states = [State(*saved[size * i : size * (i + 1)]) for i in range(count)]
         with torch.autocast(x.device.type, enabled=False):
-            dx, grads = _backward(grad, x, out, ctx.spec._replace(units=units), states, ctx.needs_input_grad)
-        return dx, None, *grads
+            backward = prologue_block.backward if ctx.spec.plan.prologue else _backward
+            dx, grads = backward(grad, x, out, ctx.spec._replace(units=units), states, ctx.needs_input_grad)
+        flat: list[Tensor | None] = []
+        for unit, values in zip(units, grads, strict=True):
+            for parameter, value in zip((unit.weight, unit.gamma, unit.beta), values, strict=True):
+                flat.append(None if parameter is None or value is None else as_gradient(value, parameter))
+        return dx, None, *flat
 
 
-def _forward(x: Tensor, spec: _Spec) -> tuple[Tensor, list[_State], Plan]:
+def _forward(x: Tensor, spec: Spec) -> tuple[Tensor, list[State], Plan]:
     """(out, one state per unit, the plan as it was carried out)."""
     (*first, last), projection = spec.split(spec.units)
-    states: list[_State] = []
+    states: list[State] = []
     a = x
     for unit in first:
         a, state = _normalised(_conv(a, unit), unit, None, "relu", spec.backend)
@@ -307,9 +226,9 @@ def _forward(x: Tensor, spec: _Spec) -> tuple[Tensor, list[_State], Plan]:
 
 
 def _backward(
-    grad: Tensor, x: Tensor, out: Tensor, spec: _Spec, states: list[_State], needed: tuple[bool, ...]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(dx, [dW, dgamma, dbeta of each unit]); `needed` tells for x, the spec and each parameter what is asked for."""
+    grad: Tensor, x: Tensor, out: Tensor, spec: Spec, states: list[State], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, list[Any]]:
+    """(dx, [dW, dgamma, dbeta] of each unit); `needed` tells for x, the spec and each parameter what is asked for."""
     needs_x, needs_weight = needed[0], needed[2::3]
     main = len(spec.units) - spec.projected
     last = main - 1
@@ -363,32 +282,16 @@ def _backward(
             shortcut = through_unit(g, main, None)
     if da is not None and shortcut is not None:
         da += shortcut
-
-    flat: list[Tensor | None] = []
-    for unit, values in zip(spec.units, grads, strict=True):
-        for parameter, value in zip((unit.weight, unit.gamma, unit.beta), values, strict=True):
-            flat.append(None if parameter is None or value is None else _as_gradient(value, parameter))
-    return da if needs_x else None, flat
+    return da if needs_x else None, grads
 
 
-def _as_gradient(value: Tensor, parameter: Tensor) -> Tensor:
-    """The value in the parameter's dtype and strides, which DistributedDataParallel compares (1x1 weights in
-    channels_last have the memory of NCHW ones, but other strides)."""
-    value = value.to(parameter.dtype)
-    if value.stride() == parameter.stride():
-        return value
-    if value.shape[2:] == (1, 1) and value.is_contiguous() and parameter.is_contiguous():
-        return value.as_strided(parameter.shape, parameter.stride())
-    return torch.empty_like(parameter).copy_(value)
-
-
-def _with_output(state: _State, unit: Unit, a: Tensor) -> _State:
+def _with_output(state: State, unit: Unit, a: Tensor) -> State:
     """The state with the unit's raw output, computed again where it was not kept."""
     return state if state.y is not None else state._replace(y=_conv(a, unit))
 
 
 def _bn_backward(
-    grad: Tensor, out: Tensor | None, unit: Unit, state: _State, activation: str | None, residual: bool, backend: str
+    grad: Tensor, out: Tensor | None, unit: Unit, state: State, activation: str | None, residual: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     known = (state.y, out, unit.gamma, unit.beta, state.mean, state.var)
     if unit.training and unit.group is not None:

@@ -1,0 +1,187 @@
+"""A residual block whose convs read raw conv outputs: BN and ReLU are applied while loading, statistics while storing.
+
+Every y_k is written once and read as it is; rectified activations and the gradients of raw outputs exist only inside
+the kernels. Forward, with a_k = relu(bn_k(y_k)) formed on the way in:
+
+    y1 = conv1(x)     y2 = conv2(a1)     each with its batch statistics
+    Gram form:        out = relu(W3' a2 + Wd' x + shift + shortcut), one product, after the moments of a2 (and of x)
+    stored output:    y3 = conv3(a2) with statistics, out = relu(bn3(y3) + shortcut)
+
+Backward, g_k the gradient of bn_k(y_k) and dy_k = A (g_k - S1/M - xhat S2/M) formed on the way in:
+
+    g_{k-1} = dgrad(dy_k) * (a_{k-1} > 0), with its sums S1 and S2      dW_k = wgrad(dy_k, a_{k-1})
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet import dispatch
+from fused_resnet.ops.block_units import (
+    Plan,
+    Spec,
+    State,
+    Unit,
+    given_state,
+    gram_folded,
+    gram_gradients,
+    gram_state,
+)
+from fused_resnet.ops.checks import as_layout, check_batch_statistics, check_shape
+from fused_resnet.ops.conv_bias_act import conv_output_shape
+
+
+def serves(x: Tensor, units: tuple[Unit, ...]) -> bool:
+    """Whether a block can run this way: no groups in its convs, no statistics of other processes, x not empty."""
+    return bool(x.numel()) and all(unit.groups == 1 and unit.group is None for unit in units)
+
+
+def _bn(unit: Unit, state: State) -> tuple[Any, ...]:
+    return state.mean, state.var, unit.gamma, unit.beta, unit.eps
+
+
+def _conv(x: Tensor, bn: Any, unit: Unit, backend: str) -> State:
+    """The raw output of a unit, and the statistics that its BN takes of it or is given."""
+    if unit.training:
+        shape = conv_output_shape(x, unit.weight, unit.stride, unit.padding, unit.dilation)
+        check_batch_statistics(x.new_empty(shape, device="meta"), unit.eps, False)
+    running = (unit.running_mean, unit.running_var, unit.momentum)
+    args = (bn, unit.weight, *unit.geometry[:3], unit.training, *running)
+    y, mean, var = dispatch.call("prologue_conv_forward", x, *args, backend=backend)
+    state = given_state(unit)._replace(y=y)
+    return state._replace(mean=mean, var=var) if unit.training else state
+
+
+def _again(state: State, x: Tensor, bn: Any, unit: Unit, backend: str) -> State:
+    """The state with the unit's raw output, computed again where it was not kept."""
+    if state.y is not None:
+        return state
+    args = (bn, unit.weight, *unit.geometry[:3], False, None, None, 0.0)
+    return state._replace(y=dispatch.call("prologue_conv_forward", x, *args, backend=backend)[0])
+
+
+def _gram(x: Tensor, bn: Any, unit: Unit, backend: str) -> State | None:
+    """The state of a unit in Gram form, or None where it would lose digits."""
+    if not unit.training:
+        return given_state(unit)
+    n, _, h, w = conv_output_shape(x, unit.weight, unit.stride, unit.padding, unit.dilation)
+    check_batch_statistics(x.new_empty((n, x.shape[1], h, w), device="meta"), unit.eps, False)
+    mu, moments = dispatch.call("prologue_moments", x, bn, unit.stride, backend=backend)
+    return gram_state(unit, mu, moments, n * h * w)
+
+
+def forward(x: Tensor, spec: Spec) -> tuple[Tensor, list[State], Plan]:
+    """(out, one state per unit, the plan as it was carried out)."""
+    (*first, last), projection = spec.split(spec.units)
+    backend, plan = spec.backend, spec.plan
+    states: list[State] = []
+    y, bn = x, None
+    for unit in first:
+        states.append(_conv(y, bn, unit, backend))
+        y, bn = states[-1].y, _bn(unit, states[-1])
+
+    end = _gram(y, bn, last, backend) if plan.gram else None
+    plan = plan._replace(gram=end is not None)
+    shortcut: Tensor | None = x
+    beside: tuple[Any, Any] = (None, None)
+    stride2, shift2 = (1, 1), None
+    if projection is not None:
+        projected = _gram(x, None, projection, backend) if plan.gram_projection else None
+        plan = plan._replace(gram_projection=projected is not None)
+        if projected is None:
+            projected = _conv(x, None, projection, backend)
+            shortcut = _apply(projected, projection, None, None, backend)
+        else:
+            weight, shift2 = gram_folded(projection, projected)
+            stride2 = projection.stride
+            if plan.gram:
+                beside, shortcut = (x, weight), None
+            else:
+                args = (None, weight, None, None, shift2, None, stride2, (1, 1), None)
+                shortcut = dispatch.call("prologue_end_forward", x, *args, backend=backend)
+    shape = conv_output_shape(y, last.weight, last.stride, last.padding, last.dilation)
+    if shortcut is not None:
+        check_shape("residual_block", "the shortcut", shortcut, shape)
+    if end is None:
+        end = _conv(y, bn, last, backend)
+        out = _apply(end, last, shortcut, "relu", backend)
+    else:
+        weight, shift = gram_folded(last, end)
+        if beside[0] is not None:
+            shift = shift + shift2
+        args = (bn, weight, *beside, shift, shortcut, last.stride, stride2, "relu")
+        out = dispatch.call("prologue_end_forward", y, *args, backend=backend)
+    return out, [*states, end, *([projected] if projection is not None else [])], plan
+
+
+def _apply(state: State, unit: Unit, residual: Tensor | None, activation: str | None, backend: str) -> Tensor:
+    args = (unit.gamma, unit.beta, state.mean, state.var, residual, unit.eps, activation)
+    return dispatch.call("bn_act_eval_forward", state.y, *args, backend=backend)
+
+
+def backward(
+    grad: Tensor, x: Tensor, out: Tensor, spec: Spec, states: list[State], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, list[Any]]:
+    """(dx, [dW, dgamma, dbeta] of each unit); `needed` tells for x, the spec and each parameter what is asked for."""
+    needs_x, needs_weight = needed[0], needed[2::3]
+    backend, units = spec.backend, spec.units
+    last = len(units) - spec.projected - 1
+    grads: list[Any] = [[None, None, None] for _ in units]
+
+    inputs: list[tuple[Tensor, Any]] = [(x, None)]  # what each unit reads, and through which BN
+    for i in range(last):
+        states[i] = _again(states[i], *inputs[i], units[i], backend)
+        inputs.append((states[i].y, _bn(units[i], states[i])))
+    if spec.projected:
+        inputs.append((x, None))
+
+    def through_unit(g: Tensor, i: int, sums: Any, needs_input: bool, add: Tensor | None = None) -> Any:
+        """(gradient of what the unit reads, its BN's sums); g is the gradient of the unit's own BN."""
+        unit, (a, bn) = units[i], inputs[i]
+        known = (states[i].y, _bn(unit, states[i]), sums if unit.training else None)
+        if needs_weight[i]:
+            args = (*known, a, bn, tuple(unit.weight.shape[2:]), *unit.geometry[:3])
+            grads[i][0] = dispatch.call("prologue_conv_grad_weight", g, *args, backend=backend)
+        grads[i][1:] = sums
+        if not needs_input:
+            return None, None
+        args = (*known, unit.weight, a, bn, add, *unit.geometry[:3])
+        da, *previous = dispatch.call("prologue_conv_grad_input", g, *args, backend=backend)
+        return da, previous
+
+    def masked(grad: Tensor, out: Tensor | None, i: int) -> tuple[Tensor, Any]:
+        states[i] = _again(states[i], *inputs[i], units[i], backend)
+        args = (out, states[i].y, states[i].mean, states[i].var, units[i].eps)
+        g, *sums = dispatch.call("bn_mask_backward", grad, *args, backend=backend)
+        return g, sums
+
+    def through_gram(g: Tensor, i: int) -> tuple[Tensor, Any]:
+        unit, (a, bn) = units[i], inputs[i]
+        q, s1 = dispatch.call("prologue_products", g, a, bn, unit.stride, backend=backend)
+        found = gram_gradients(q, s1, g.numel() // g.shape[1], unit, states[i])
+        grads[i] = [found.weight, found.gamma, found.beta]
+        square = None if found.square is None else found.square.to(g.dtype)
+        args = (found.scaled.to(g.dtype), a, bn, square, found.shift, unit.stride)
+        da, *sums = dispatch.call("prologue_end_backward", g, *args, backend=backend)
+        return da, sums
+
+    grad = as_layout(grad, out)
+    if spec.plan.gram:
+        g = dispatch.call("add_relu_backward", grad, out, backend=backend)
+        da, sums = through_gram(g, last)
+    else:
+        g, sums = masked(grad, out, last)
+        da, sums = through_unit(g, last, sums, True)
+    shortcut: Tensor | None = g
+    if spec.projected:
+        if spec.plan.gram_projection:
+            shortcut, _ = through_gram(g, last + 1)
+        else:
+            _, own = masked(g, None, last + 1)
+            shortcut, _ = through_unit(g, last + 1, own, needs_x)
+    for i in reversed(range(last)):
+        da, sums = through_unit(da, i, sums, needs_x or i > 0, shortcut if i == 0 else None)
+    return da if needs_x else None, grads
