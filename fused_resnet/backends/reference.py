@@ -15,10 +15,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fused_resnet.folding import accumulate_dtype, update_running_stats
 
-BN = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]  # mean, var, gamma, beta, eps
+Norm = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]  # mean, var, gamma, beta, eps
 Sums = tuple[Tensor, Tensor]  # grad_gamma, grad_beta
 
 
@@ -313,11 +314,11 @@ def second_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.t() @ centred
 
 
-# Convolutions that read a raw conv output through its BN and ReLU (a *prologue*). `bn` is (mean, var, gamma, beta, eps);
-# None: the input is read as it is. Nothing here has groups, and an input is never empty.
+# Convolutions that read a raw conv output through its BN and ReLU (a *prologue*). `bn` is (mean, var, gamma, beta,
+# eps); None: the input is read as it is. Nothing here has groups, and an input is never empty.
 
 
-def _read(y: Tensor, bn: BN | None) -> Tensor:
+def _read(y: Tensor, bn: Norm | None) -> Tensor:
     if bn is None:
         return y
     mean, var, gamma, beta, eps = bn
@@ -330,7 +331,7 @@ def _rows(x: Tensor, stride: tuple[int, int] = (1, 1)) -> Tensor:
     return x.reshape(-1, x.shape[3])
 
 
-def _raw_gradient(g: Tensor, y: Tensor, bn: BN, sums: Sums | None) -> Tensor:
+def _raw_gradient(g: Tensor, y: Tensor, bn: Norm, sums: Sums | None) -> Tensor:
     """The gradient of y from g, that of bn(y); `sums` (grad_gamma, grad_beta) where bn took its statistics from y."""
     mean, var, gamma, _, eps = bn
     acc = accumulate_dtype(y.dtype)
@@ -344,9 +345,9 @@ def _raw_gradient(g: Tensor, y: Tensor, bn: BN, sums: Sums | None) -> Tensor:
     return (dy * column(scale)).to(y.dtype)
 
 
-def _masked(da: Tensor, y: Tensor, bn: BN) -> tuple[Tensor, Tensor, Tensor]:
+def _masked(da: Tensor, y: Tensor, bn: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """(g, grad_gamma, grad_beta): da where relu(bn(y)) is positive, and bn's own gradients."""
-    mean, var, gamma, beta, eps = bn
+    mean, var, _, _, eps = bn
     return bn_mask_backward(da, _read(y, bn), y, mean, var, eps)
 
 
@@ -365,7 +366,7 @@ def bn_mask_backward(
 
 def prologue_conv_forward(
     x: Tensor,
-    bn: BN | None,
+    bn: Norm | None,
     weight: Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
@@ -390,11 +391,11 @@ def prologue_conv_forward(
 def prologue_conv_grad_input(
     g: Tensor,
     y: Tensor,
-    bn: BN,
+    bn: Norm,
     sums: Sums | None,
     weight: Tensor,
     x: Tensor,
-    x_bn: BN | None,
+    x_bn: Norm | None,
     add: Tensor | None,
     stride: tuple[int, int],
     padding: tuple[int, int],
@@ -406,7 +407,7 @@ def prologue_conv_grad_input(
     gradient of x, or of the pixels of x that a 1x1 conv of some stride reads; only without x_bn.
     """
     dy = _raw_gradient(g, y, bn, sums)
-    da = torch.nn.grad.conv2d_input(list(x.shape), weight, dy, stride, padding, dilation)
+    da = conv2d_input(list(x.shape), weight, dy, stride, padding, dilation)
     if x_bn is not None:
         return _masked(da, x, x_bn)
     if add is not None:
@@ -418,10 +419,10 @@ def prologue_conv_grad_input(
 def prologue_conv_grad_weight(
     g: Tensor,
     y: Tensor,
-    bn: BN,
+    bn: Norm,
     sums: Sums | None,
     x: Tensor,
-    x_bn: BN | None,
+    x_bn: Norm | None,
     kernel: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
@@ -430,17 +431,17 @@ def prologue_conv_grad_weight(
     """The gradient of the weight, (K, C, *kernel) in y's dtype, of y = conv(relu(x_bn(x))) from g, that of bn(y)."""
     shape = (y.shape[1], x.shape[1], *kernel)
     a = _read(x, x_bn)
-    return torch.nn.grad.conv2d_weight(a, list(shape), _raw_gradient(g, y, bn, sums), stride, padding, dilation)
+    return conv2d_weight(a, list(shape), _raw_gradient(g, y, bn, sums), stride, padding, dilation)
 
 
-def prologue_moments(x: Tensor, bn: BN | None, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def prologue_moments(x: Tensor, bn: Norm | None, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """`second_moments` of the pixels of relu(bn(x)) that a 1x1 conv reads."""
     return second_moments(_rows(_read(x, bn), stride))
 
 
 def prologue_end_forward(
     x: Tensor,
-    bn: BN | None,
+    bn: Norm | None,
     weight: Tensor,
     x2: Tensor | None,
     weight2: Tensor | None,
@@ -452,12 +453,12 @@ def prologue_end_forward(
 ) -> Tensor:
     """act(conv(relu(bn(x))) + conv2(x2) + shift + residual), both convs 1x1."""
     y = F.conv2d(_read(x, bn), weight, shift.to(x.dtype), stride)
-    if x2 is not None:
+    if x2 is not None and weight2 is not None:
         y += F.conv2d(x2, weight2, None, stride2)
     return _finish_(y, residual, activation)
 
 
-def prologue_products(g: Tensor, x: Tensor, bn: BN | None, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def prologue_products(g: Tensor, x: Tensor, bn: Norm | None, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(g^T a, sum(g)) over the rows in the accumulation type, a the pixels of relu(bn(x)) that a 1x1 conv reads."""
     acc = accumulate_dtype(x.dtype)
     rows = _rows(g).to(acc)
@@ -468,12 +469,12 @@ def prologue_end_backward(
     g: Tensor,
     weight: Tensor,
     x: Tensor,
-    bn: BN | None,
+    bn: Norm | None,
     square: Tensor | None,
     shift: Tensor | None,
     stride: tuple[int, int],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """g weight + a square + shift per pixel, a those of relu(bn(x)) that a 1x1 conv reads: weight (K, C), square (C, C).
+    """g weight + a square + shift per pixel, a those of relu(bn(x)) that a 1x1 conv reads; weight (K, C).
 
     With bn as `prologue_conv_grad_input`: (the gradient of bn(x), grad_gamma, grad_beta), else (that of a, None, None).
     """

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fused_resnet import dispatch
@@ -84,10 +83,8 @@ def forward(x: Tensor, spec: Spec) -> tuple[Tensor, list[State], Plan]:
         y, bn = states[-1].y, _bn(unit, states[-1])
 
     end = _gram(y, bn, last, backend) if plan.gram else None
-    plan = plan._replace(gram=end is not None)
-    shortcut: Tensor | None = x
-    beside: tuple[Any, Any] = (None, None)
-    stride2, shift2 = (1, 1), None
+    projected, shortcut = None, x
+    folded: tuple[Tensor, Tensor] | None = None  # weight and shift of a projection that the end's product takes in
     if projection is not None:
         projected = _gram(x, None, projection, backend) if plan.gram_projection else None
         plan = plan._replace(gram_projection=projected is not None)
@@ -95,26 +92,41 @@ def forward(x: Tensor, spec: Spec) -> tuple[Tensor, list[State], Plan]:
             projected = _conv(x, None, projection, backend)
             shortcut = _apply(projected, projection, None, None, backend)
         else:
-            weight, shift2 = gram_folded(projection, projected)
-            stride2 = projection.stride
-            if plan.gram:
-                beside, shortcut = (x, weight), None
-            else:
-                args = (None, weight, None, None, shift2, None, stride2, (1, 1), None)
-                shortcut = dispatch.call("prologue_end_forward", x, *args, backend=backend)
-    shape = conv_output_shape(y, last.weight, last.stride, last.padding, last.dilation)
-    if shortcut is not None:
+            folded = gram_folded(projection, projected)
+            if end is None:
+                shortcut = _end(x, None, projection, *folded, None, None, None, backend)
+                folded = None
+    if folded is None:
+        shape = conv_output_shape(y, last.weight, last.stride, last.padding, last.dilation)
         check_shape("residual_block", "the shortcut", shortcut, shape)
     if end is None:
         end = _conv(y, bn, last, backend)
         out = _apply(end, last, shortcut, "relu", backend)
     else:
         weight, shift = gram_folded(last, end)
-        if beside[0] is not None:
-            shift = shift + shift2
-        args = (bn, weight, *beside, shift, shortcut, last.stride, stride2, "relu")
-        out = dispatch.call("prologue_end_forward", y, *args, backend=backend)
-    return out, [*states, end, *([projected] if projection is not None else [])], plan
+        if folded is None:
+            out = _end(y, bn, last, weight, shift, shortcut, None, "relu", backend)
+        else:
+            out = _end(y, bn, last, weight, shift + folded[1], None, (x, folded[0], projection), "relu", backend)
+    plan = plan._replace(gram=end.y is None)
+    return out, [*states, end, *([] if projected is None else [projected])], plan
+
+
+def _end(
+    x: Tensor,
+    bn: Any,
+    unit: Unit,
+    weight: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    beside: tuple[Any, ...] | None,
+    activation: str | None,
+    backend: str,
+) -> Tensor:
+    """act(conv(a) + shift + residual), where `beside` (x2, weight2, its unit) is given + conv2(x2)."""
+    x2, weight2, unit2 = beside or (None, None, unit)
+    args = (bn, weight, x2, weight2, shift, residual, unit.stride, unit2.stride, activation)
+    return dispatch.call("prologue_end_forward", x, *args, backend=backend)
 
 
 def _apply(state: State, unit: Unit, residual: Tensor | None, activation: str | None, backend: str) -> Tensor:
@@ -143,8 +155,8 @@ def backward(
         unit, (a, bn) = units[i], inputs[i]
         known = (states[i].y, _bn(unit, states[i]), sums if unit.training else None)
         if needs_weight[i]:
-            args = (*known, a, bn, tuple(unit.weight.shape[2:]), *unit.geometry[:3])
-            grads[i][0] = dispatch.call("prologue_conv_grad_weight", g, *args, backend=backend)
+            options = (a, bn, tuple(unit.weight.shape[2:]), *unit.geometry[:3])
+            grads[i][0] = dispatch.call("prologue_conv_grad_weight", g, *known, *options, backend=backend)
         grads[i][1:] = sums
         if not needs_input:
             return None, None

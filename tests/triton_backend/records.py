@@ -35,6 +35,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "bn_act": ("bn_act", "common"),
     "bn_act_pool": ("bn_act_pool", "bn_act", "common"),
     "conv": ("conv", "common"),
+    "prologue": ("prologue", "conv", "bn_act", "common"),
 }
 
 

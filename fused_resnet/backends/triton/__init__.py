@@ -34,6 +34,14 @@ _MODULES = {
     "bn_act_pool_backward": "bn_act_pool",
     "conv_bias_act_forward": "conv",
     "conv_bn_act_forward": "conv",
+    "bn_mask_backward": "prologue",
+    "prologue_conv_forward": "prologue",
+    "prologue_conv_grad_input": "prologue",
+    "prologue_conv_grad_weight": "prologue",
+    "prologue_end_backward": "prologue",
+    "prologue_end_forward": "prologue",
+    "prologue_moments": "prologue",
+    "prologue_products": "prologue",
 }
 PRIMITIVES = tuple(_MODULES)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -468,7 +468,18 @@ def statistics(
     grid, config = plan(STATISTICS, x, size[0], size[2])
     partials = workspace(x, 3, grid[0])
     launch(bn_statistics_kernel, grid, x, partials, *size, **config)
-    mean, var = vector(x), vector(x)
+    return merged_statistics(partials, running_mean, running_var, momentum, size[0])
+
+
+def merged_statistics(
+    partials: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """(mean, biased var) from the (3, P, C) partials of `count` rows; updates the running statistics in place."""
+    mean, var = partials.new_empty(partials.shape[2]), partials.new_empty(partials.shape[2])
     running = [r for r in (running_mean, running_var) if r is not None]
     if all(r.is_contiguous() for r in running):
         finish_statistics(partials, mean, var, running_mean, running_var, momentum)
@@ -477,7 +488,7 @@ def statistics(
                 torch.autograd.graph.increment_version(r)
     else:
         finish_statistics(partials, mean, var, None, None, 0.0)
-        update_running_stats(running_mean, running_var, mean, var, momentum, size[0])
+        update_running_stats(running_mean, running_var, mean, var, momentum, count)
     return mean, var
 
 
@@ -574,6 +585,24 @@ def finish_backward(
     return tuple(grads)
 
 
+def reduce_backward(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    bn: tuple[Any, ...],
+    relu: bool,
+    masked: Tensor | None,
+    grad_x: Tensor | None,
+) -> Tensor:
+    """The (2, P, C) partial sums of the masked gradient and of its products with x; fills the tensors given last."""
+    size = geometry(x)
+    grid, config = plan(BACKWARD_REDUCE, x, size[0], size[2])
+    partials = workspace(x, 2, grid[0])
+    second = (*_NO_SECOND, masked, grad_x)
+    launch(bn_backward_reduce_kernel, grid, grad, x, out, None, *bn, *second, partials, *size, RELU=relu, **config)
+    return partials
+
+
 def bn_act_backward(
     grad: Tensor,
     x: Tensor,
@@ -594,26 +623,9 @@ def bn_act_backward(
     grad_x = torch.empty_like(x)
     masked = torch.empty_like(x) if relu and has_residual else None  # both the residual's gradient and pass 2's input
     bn = (mean, var, gamma, beta, eps)
-    size = geometry(x)
-    grid, config = plan(BACKWARD_REDUCE, x, size[0], size[2])
-    partials = workspace(x, 2, grid[0])
-    outputs = (masked, None if training else grad_x)
-    launch(
-        bn_backward_reduce_kernel,
-        grid,
-        grad,
-        x,
-        out,
-        None,
-        *bn,
-        *_NO_SECOND,
-        *outputs,
-        partials,
-        *size,
-        RELU=relu,
-        **config,
-    )
+    partials = reduce_backward(grad, x, out, bn, relu, masked, None if training else grad_x)
     grad_gamma, grad_beta = finish_backward(partials, var, eps)
+    size = geometry(x)
     if training:
         grid, config = plan(BACKWARD_APPLY, x, size[0], size[2])
         g, recompute = (grad, relu) if masked is None else (masked, False)

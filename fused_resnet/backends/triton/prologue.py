@@ -1,0 +1,821 @@
+"""Convolutions that read raw conv outputs through BN and ReLU, or form a raw output's gradient, while they load.
+
+Two kernels, both on NHWC tensors. `prologue_conv_kernel` is an implicit GEMM whose rows are output pixels: the forward
+convolution, the gradient of its input (TRANSPOSED), and the products of the Gram form, with up to two pairs of
+operands. `prologue_products_kernel` sums over pixels: weight gradients, Q and second moments, rows split over programs
+whose shares are added in a fixed order. What an operand goes through on the way in is `read`; padding is applied after.
+
+Formulas and signatures stand in `fused_resnet.backends.reference`.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_resnet.backends.reference import Norm, Sums
+from fused_resnet.backends.triton import bn_act, configs, conv
+from fused_resnet.backends.triton.bn_act import channels, gradient, slopes
+from fused_resnet.backends.triton.common import load, relu, relu_grad
+from fused_resnet.backends.triton.conv import INDEX_LIMIT, SLICE, power_of_two, tile_of
+from fused_resnet.backends.triton.runtime import ceil_div, launch
+
+
+@triton.jit
+def read(
+    x, y, at, mask, cols, inside, mean, var, gamma, beta, eps, grad_gamma, grad_beta, count, GRADIENT: tl.constexpr
+):
+    """[R, C] of an operand, 0 where masked: x, relu(bn(x)) where `mean` is given, or (GRADIENT) the gradient of y from
+    x, that of bn(y); bn took its statistics from y, `count` values per channel, where `grad_gamma` is given."""
+    value = tl.load(x + at, mask=mask, other=0.0)
+    if GRADIENT:
+        m, s, _ = channels(mean, var, gamma, None, eps, cols, inside)
+        g = value.to(tl.float32)
+        if grad_gamma is not None:
+            mean_g = load(grad_beta + cols, inside)[None, :] / count
+            slope = slopes(grad_gamma, var, eps, count, cols, inside)
+            g = gradient(g, load(y + at, mask) - m, s, mean_g, slope)
+        else:
+            g = s * g
+        value = tl.where(mask, g, 0.0).to(x.dtype.element_ty)
+    elif mean is not None:
+        m, s, b = channels(mean, var, gamma, beta, eps, cols, inside)
+        value = tl.where(mask, relu(s * (value.to(tl.float32) - m) + b), 0.0).to(x.dtype.element_ty)
+    return value
+
+
+@triton.jit
+def prologue_conv_kernel(
+    x,  # (N, H, W, C)
+    y,  # like x, the raw output that x is the BN's gradient of
+    mean,
+    var,
+    gamma,
+    beta,
+    eps,
+    grad_gamma,
+    grad_beta,
+    count,
+    weight,
+    x2,  # (N, H2, W2, C2): the second pair's operand, or what the result is masked by
+    mean2,
+    var2,
+    gamma2,
+    beta2,
+    eps2,
+    weight2,
+    shift,
+    residual,
+    out,  # (N, P, Q, K)
+    partials,
+    M,  # N * P * Q
+    H,
+    W,
+    P,
+    Q,
+    H2,
+    W2,
+    C: tl.constexpr,
+    C2: tl.constexpr,
+    K: tl.constexpr,
+    TAPS: tl.constexpr,  # (R, S)
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # from output pixels of a convolution back to its input's
+    STRIDE2: tl.constexpr,
+    ADD_STRIDE: tl.constexpr,  # `residual` belongs to every so-many-th pixel
+    LAYOUT: tl.constexpr,  # steps in `weight` from one column, tap and inner channel to the next
+    LAYOUT2: tl.constexpr,  # the same in `weight2`, without taps
+    GRADIENT: tl.constexpr,
+    RELU: tl.constexpr,
+    PARTIALS: tl.constexpr,  # "", "moments" (count, mean, M2) or "sums" (g, g * (x2 - mean2)) per tile of rows
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    LOOPS: tl.constexpr,
+):
+    """out = act(conv(read(x)) + read(x2) weight2 + shift + residual); with "sums" it is masked by relu(bn2(x2))."""
+    COUNT: tl.constexpr = TAPS[0] * TAPS[1]
+    DENSE: tl.constexpr = COUNT == 1 and STRIDE[0] * STRIDE[1] == 1 and PADDING[0] + PADDING[1] == 0
+    tiles_m = tl.cdiv(M, BM)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(K, BN), GROUP_M)
+    m = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    in_m = m < M
+    image, p, q = m // (P * Q), m // Q % P, m % Q
+    if WIDE:
+        m = m.to(tl.int64)
+        image = image.to(tl.int64)
+
+    lane = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    PER_TAP: tl.constexpr = (C + BK - 1) // BK
+    STEPS: tl.constexpr = COUNT * PER_TAP
+    RUN: tl.constexpr = STEPS // LOOPS if STEPS % LOOPS == 0 else STEPS
+    for first in tl.static_range(0, STEPS, RUN):
+        for step in range(first, first + RUN):
+            tap, c = step // PER_TAP, step % PER_TAP * BK + lane
+            in_c = c < C
+            if DENSE:
+                row, in_row = m, in_m
+            elif TRANSPOSED:
+                h = p + PADDING[0] - tap // TAPS[1] * DILATION[0]
+                w = q + PADDING[1] - tap % TAPS[1] * DILATION[1]
+                in_row = in_m & (h >= 0) & (w >= 0) & (h % STRIDE[0] == 0) & (w % STRIDE[1] == 0)
+                h, w = h // STRIDE[0], w // STRIDE[1]
+                in_row = in_row & (h < H) & (w < W)
+                row = (image * H + h) * W + w
+            else:
+                h = p * STRIDE[0] - PADDING[0] + tap // TAPS[1] * DILATION[0]
+                w = q * STRIDE[1] - PADDING[1] + tap % TAPS[1] * DILATION[1]
+                in_row = in_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                row = (image * H + h) * W + w
+            a = read(
+                x, y, row[:, None] * C + c[None, :], in_row[:, None] & in_c[None, :], c, in_c,
+                mean, var, gamma, beta, eps, grad_gamma, grad_beta, count, GRADIENT,
+            )  # fmt: skip
+            at = n[None, :] * LAYOUT[0] + tap * LAYOUT[1] + c[:, None] * LAYOUT[2]
+            b = tl.load(weight + at, mask=(n < K)[None, :] & in_c[:, None], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    if weight2 is not None:
+        row = m
+        if STRIDE2[0] * STRIDE2[1] > 1:
+            row = (image * H2 + p * STRIDE2[0]) * W2 + q * STRIDE2[1]
+        for step in range((C2 + BK - 1) // BK):
+            c = step * BK + lane
+            in_c = c < C2
+            a = read(
+                x2, None, row[:, None] * C2 + c[None, :], in_m[:, None] & in_c[None, :], c, in_c,
+                mean2, var2, gamma2, beta2, eps2, None, None, 1.0, False,
+            )  # fmt: skip
+            at = n[None, :] * LAYOUT2[0] + c[:, None] * LAYOUT2[1]
+            b = tl.load(weight2 + at, mask=(n < K)[None, :] & in_c[:, None], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    added, in_added = m, in_m
+    if ADD_STRIDE[0] * ADD_STRIDE[1] > 1:
+        in_added = in_m & (p % ADD_STRIDE[0] == 0) & (q % ADD_STRIDE[1] == 0)
+        added = (image * tl.cdiv(P, ADD_STRIDE[0]) + p // ADD_STRIDE[0]) * tl.cdiv(Q, ADD_STRIDE[1])
+        added = added + q // ADD_STRIDE[1]
+    rows = tl.minimum(M - tile_m * BM, BM).to(tl.float32)
+    _finish(
+        acc, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, m * K, added * K, in_m, in_added,
+        tile_n * BN, tile_m, tiles_m, rows, K, RELU, PARTIALS, BN,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    acc,  # [BM, BN]
+    out,
+    shift,
+    residual,
+    x2,
+    mean2,
+    var2,
+    gamma2,
+    beta2,
+    eps2,
+    partials,  # (2 or 3, tiles of rows, K)
+    row,  # [BM], offsets
+    added,  # [BM], offsets in `residual`
+    in_m,
+    in_added,
+    n,
+    tile,
+    tiles,
+    rows,  # in the tile, float
+    K: tl.constexpr,
+    RELU: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The epilogue of columns n to n + BN, by halves down to SLICE columns: all at once would not fit in registers."""
+    if BN > SLICE:
+        HALF: tl.constexpr = BN // 2
+        low, high = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
+        _finish(
+            low, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, row, added, in_m, in_added,
+            n, tile, tiles, rows, K, RELU, PARTIALS, HALF,
+        )  # fmt: skip
+        _finish(
+            high, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, row, added, in_m, in_added,
+            n + HALF, tile, tiles, rows, K, RELU, PARTIALS, HALF,
+        )  # fmt: skip
+    else:
+        n = n + tl.arange(0, BN)
+        in_n = n < K
+        mask = in_m[:, None] & in_n[None, :]
+        if shift is not None:
+            acc += load(shift + n, in_n)[None, :]
+        if residual is not None:
+            acc += load(residual + (added[:, None] + n[None, :]), in_added[:, None] & in_n[None, :])
+        if RELU:
+            acc = relu(acc)
+        at = row[:, None] + n[None, :]
+        if PARTIALS == "sums":
+            m, s, b = channels(mean2, var2, gamma2, beta2, eps2, n, in_n)
+            centred = load(x2 + at, mask) - m
+            acc = relu_grad(acc, (s * centred + b).to(out.dtype.element_ty).to(tl.float32))
+        value = acc.to(out.dtype.element_ty)
+        tl.store(out + at, value, mask=mask)
+        if PARTIALS != "":
+            value = tl.where(mask, value.to(tl.float32), 0.0)  # as stored
+            total = tl.sum(value, 0)
+            here, plane = partials + (tile * K + n), tiles * K
+            if PARTIALS == "sums":
+                tl.store(here, total, mask=in_n)
+                tl.store(here + plane, tl.sum(tl.where(mask, value * centred, 0.0), 0), mask=in_n)
+            else:
+                average = total / rows
+                deviation = tl.where(mask, value - average[None, :], 0.0)
+                tl.store(here, total * 0.0 + rows, mask=in_n)
+                tl.store(here + plane, average, mask=in_n)
+                tl.store(here + 2 * plane, tl.sum(deviation * deviation, 0), mask=in_n)
+
+
+@triton.jit
+def prologue_products_kernel(
+    g,  # (N, GH, GW, K)
+    y,
+    mean,
+    var,
+    gamma,
+    beta,
+    eps,
+    grad_gamma,
+    grad_beta,
+    count,
+    x,  # (N, H, W, C)
+    mean2,
+    var2,
+    gamma2,
+    beta2,
+    eps2,
+    partials,  # (splits, K, taps, C)
+    sums,  # (splits, K), of the left operand
+    pivot,  # (K,), the left operand's first pixel
+    M,  # N * P * Q
+    GH,
+    GW,
+    P,
+    Q,
+    H,
+    W,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    LEFT_STRIDE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    PIVOT: tl.constexpr,  # the first pixel of each operand is subtracted
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,  # channels of the left operand
+    BN: tl.constexpr,  # channels of the right operand
+    BK: tl.constexpr,  # rows at a time
+):
+    """partials[split, k, tap, c] = sum over the split's rows of read(g)[row, k] * read(x)[the tap's pixel, c]."""
+    COUNT: tl.constexpr = TAPS[0] * TAPS[1]
+    TILES_N: tl.constexpr = (C + BN - 1) // BN
+    tile = tl.program_id(0)
+    tile_n, tap, tile_m = tile % TILES_N, tile // TILES_N % COUNT, tile // (TILES_N * COUNT)
+    split = tl.program_id(1)
+    steps = tl.cdiv(M, BK)
+    each = tl.cdiv(steps, tl.num_programs(1))
+    k = tile_m * BM + tl.arange(0, BM)
+    c = tile_n * BN + tl.arange(0, BN)
+    in_k, in_c = k < K, c < C
+    if PIVOT:
+        left_0 = read(
+            g, y, k[None, :], in_k[None, :], k, in_k,
+            mean, var, gamma, beta, eps, grad_gamma, grad_beta, count, GRADIENT,
+        )  # fmt: skip
+        right_0 = read(
+            x, None, c[None, :], in_c[None, :], c, in_c, mean2, var2, gamma2, beta2, eps2, None, None, 1.0, False
+        )
+    acc = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for step in range(split * each, tl.minimum((split + 1) * each, steps)):
+        m = step * BK + tl.arange(0, BK)
+        in_m = m < M
+        image, p, q = m // (P * Q), m // Q % P, m % Q
+        if WIDE:
+            m = m.to(tl.int64)
+            image = image.to(tl.int64)
+        row = m
+        if LEFT_STRIDE[0] * LEFT_STRIDE[1] > 1:
+            row = (image * GH + p * LEFT_STRIDE[0]) * GW + q * LEFT_STRIDE[1]
+        in_left = in_m[:, None] & in_k[None, :]
+        left = read(
+            g, y, row[:, None] * K + k[None, :], in_left, k, in_k,
+            mean, var, gamma, beta, eps, grad_gamma, grad_beta, count, GRADIENT,
+        )  # fmt: skip
+        row, in_row = m, in_m
+        if COUNT > 1 or STRIDE[0] * STRIDE[1] > 1 or PADDING[0] + PADDING[1] > 0:
+            h = p * STRIDE[0] - PADDING[0] + tap // TAPS[1] * DILATION[0]
+            w = q * STRIDE[1] - PADDING[1] + tap % TAPS[1] * DILATION[1]
+            in_row = in_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            row = (image * H + h) * W + w
+        in_right = in_row[:, None] & in_c[None, :]
+        right = read(
+            x, None, row[:, None] * C + c[None, :], in_right, c, in_c,
+            mean2, var2, gamma2, beta2, eps2, None, None, 1.0, False,
+        )  # fmt: skip
+        if PIVOT:
+            left = tl.where(in_left, left - left_0, 0.0)
+            right = tl.where(in_right, right - right_0, 0.0)
+        acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+        if sums is not None:
+            total += tl.sum(left.to(tl.float32), 0)
+    at = (split * K + k) * COUNT + tap
+    if WIDE:
+        at = at.to(tl.int64)
+    tl.store(partials + (at[:, None] * C + c[None, :]), acc, mask=in_k[:, None] & in_c[None, :])
+    if sums is not None:  # noqa: SIM102
+        if tile % (TILES_N * COUNT) == 0:
+            tl.store(sums + split * K + k, total, mask=in_k)
+            if PIVOT:
+                tl.store(pivot + k[None, :], left_0.to(tl.float32), mask=in_k[None, :])
+
+
+# Host side
+
+
+class Problem(NamedTuple):
+    """What a config may depend on; a `configs.Key`."""
+
+    dtype: str
+    precision: str
+    gradient: bool  # an operand is formed from two tensors
+    taps: int
+    columns: int
+    inner: int  # channels of the inner axis; in products, of the left operand
+    rows: int  # pixels, up to a power of two
+
+    @property
+    def exact(self) -> bool:
+        """Products that no tensor core of NVIDIA's computes."""
+        return self.dtype == "float32" and self.precision == "ieee"
+
+    @property
+    def depth(self) -> int:
+        return 16 if self.exact else 32 if self.dtype == "float32" else 64
+
+
+_ROOMY = ("sm_90", "sm_100")
+# BM, BN, warps. A loop over several taps at 8 warps has been miscompiled (triton#1254): 4 there.
+CONV_TILES = ((128, 64, 4), (64, 64, 4), (64, 128, 4), (64, 32, 4))
+POINTWISE_TILES = ((128, 128, 8), (256, 64, 8))
+PRODUCT_TILES = ((64, 64, 4), (128, 64, 4), (64, 128, 4))
+EXACT_TILES = ((64, 64, 4), (64, 32, 4))
+
+
+def _stages(target: configs.Target) -> int:
+    return 2 if target.arch.startswith("gfx") or target.shared < 100 << 10 else 3
+
+
+def _config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: int) -> configs.Config:
+    return {"BM": BM, "BN": BN, "BK": problem.depth, "num_warps": warps, "num_stages": _stages(target)}
+
+
+def _conv_config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: int) -> configs.Config:
+    return _config(target, problem, BM, BN, warps) | {"GROUP_M": 8, "LOOPS": 1}
+
+
+def _narrow(columns: int) -> int:
+    return max(16, min(64, power_of_two(columns)))
+
+
+def _conv_default(target: configs.Target, key: configs.Key) -> configs.Config:
+    problem = Problem(*key)  # type: ignore[arg-type]
+    BM = 64 if problem.exact else 128
+    BN = _narrow(problem.columns)
+    while BM > 32 and ceil_div(problem.rows, BM) * ceil_div(problem.columns, BN) < target.multiprocessors:
+        BM //= 2
+    return _conv_config(target, problem, BM, BN, 4)
+
+
+def _conv_candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Config]:
+    problem = Problem(*key)  # type: ignore[arg-type]
+    tiles = EXACT_TILES if problem.exact else CONV_TILES
+    if problem.taps == 1 and not problem.exact and target.arch in _ROOMY:
+        tiles = (*tiles, *POINTWISE_TILES)
+    for BM, BN, warps in tiles:
+        if max(32, power_of_two(problem.columns)) >= BN:
+            yield _conv_config(target, problem, BM, BN, warps)
+
+
+def _products_default(target: configs.Target, key: configs.Key) -> configs.Config:
+    problem = Problem(*key)  # type: ignore[arg-type]
+    return _config(target, problem, _narrow(problem.inner), _narrow(problem.columns), 4)
+
+
+def _products_candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Config]:
+    problem = Problem(*key)  # type: ignore[arg-type]
+    for BM, BN, warps in EXACT_TILES if problem.exact else PRODUCT_TILES:
+        if power_of_two(problem.inner) >= BM and power_of_two(problem.columns) >= BN:
+            yield _config(target, problem, BM, BN, warps)
+
+
+def _conv_shared(config: configs.Config, key: configs.Key) -> int:
+    size, gradient = (4 if key[0] == "float32" else 2), bool(key[2])
+    return config["num_stages"] * ((1 + gradient) * config["BM"] + config["BN"]) * config["BK"] * size
+
+
+CONV = configs.register("prologue_conv_kernel", configs.Space(_conv_default, _conv_candidates, _conv_shared))
+PRODUCTS = configs.register(
+    "prologue_products_kernel", configs.Space(_products_default, _products_candidates, _conv_shared)
+)
+
+
+def supports(primitive: str, x: Tensor, *args: Any) -> str | None:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "it is for channels_last tensors"
+    if max(t.numel() // t.shape[1] for t in (x, *args) if isinstance(t, Tensor) and t.dim() == 4) >= INDEX_LIMIT:
+        return "over 2**31 pixels"
+    if primitive == "prologue_end_backward" and args[2] is not None and args[5] != (1, 1):
+        return "a stride in front of a BN's mask"
+    return None
+
+
+_NOTHING = (None, None, None, None, 0.0)
+
+
+def _vectors(bn: Norm | None) -> tuple[Any, ...]:
+    return _NOTHING if bn is None else (*bn_act.contiguous(*bn[:4]), bn[4])
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _wide(*tensors: Tensor | None) -> bool:
+    return max(t.numel() for t in tensors if t is not None) >= conv.WIDE_FROM
+
+
+def _empty(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
+    return torch.empty((n, c, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _conv(
+    x: Tensor,
+    bn: Norm | None,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    layout: tuple[int, int, int],
+    geometry: tuple[tuple[int, int], ...] = ((1, 1), (1, 1), (0, 0), (1, 1)),
+    transposed: bool = False,
+    gradient: tuple[Tensor, Sums | None] | None = None,
+    x2: Tensor | None = None,
+    bn2: Norm | None = None,
+    weight2: Tensor | None = None,
+    layout2: tuple[int, int] = (0, 0),
+    stride2: tuple[int, int] = (1, 1),
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    add_stride: tuple[int, int] = (1, 1),
+    activation: str | None = None,
+    partials: str = "",
+) -> Tensor | None:
+    """Fill `out`; the partial results, (2 or 3, tiles of rows, K), where they are asked for."""
+    N, K, P, Q = out.shape
+    taps, stride, padding, dilation = geometry
+    rows, exactness = N * P * Q, conv._precision(x)
+    problem = Problem(_dtype(x), exactness, gradient is not None, taps[0] * taps[1], K, x.shape[1], power_of_two(rows))
+    config = configs.pick(CONV, problem, x)
+    tiles = ceil_div(rows, config["BM"])
+    space = bn_act.workspace(out, 3 if partials == "moments" else 2, tiles) if partials else None
+    y, sums = gradient or (None, None)
+    grad_gamma, grad_beta = sums or (None, None)
+    launch(
+        prologue_conv_kernel,
+        (tiles * ceil_div(K, config["BN"]),),
+        x,
+        y,
+        *_vectors(bn),
+        grad_gamma,
+        grad_beta,
+        float(x.numel() // x.shape[1]),
+        weight,
+        x2,
+        *_vectors(bn2),
+        weight2,
+        shift,
+        residual,
+        out,
+        space,
+        rows,
+        x.shape[2],
+        x.shape[3],
+        P,
+        Q,
+        0 if x2 is None else x2.shape[2],
+        0 if x2 is None else x2.shape[3],
+        C=x.shape[1],
+        C2=0 if x2 is None else x2.shape[1],
+        K=K,
+        TAPS=taps,
+        STRIDE=stride,
+        PADDING=padding,
+        DILATION=dilation,
+        TRANSPOSED=transposed,
+        STRIDE2=stride2,
+        ADD_STRIDE=add_stride,
+        LAYOUT=layout,
+        LAYOUT2=layout2,
+        GRADIENT=gradient is not None,
+        RELU=activation == "relu",
+        PARTIALS=partials,
+        PRECISION=exactness,
+        WIDE=_wide(x, x2, out),
+        **config,
+    )
+    return space
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """(K, R, S, C) in memory."""
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def prologue_conv_forward(
+    x: Tensor,
+    bn: Norm | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    statistics: bool,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    (N, C, H, W), (K, _, R, S) = x.shape, weight.shape
+    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
+    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    out = _empty(N, K, P, Q, x)
+    partials = _conv(
+        x,
+        bn,
+        _packed(weight),
+        out,
+        layout=(R * S * C, C, 1),
+        geometry=((R, S), stride, padding, dilation),
+        partials="moments" if statistics else "",
+    )
+    if partials is None:
+        return out, None, None
+    return out, *bn_act.merged_statistics(partials, running_mean, running_var, momentum, N * P * Q)
+
+
+def prologue_conv_grad_input(
+    g: Tensor,
+    y: Tensor,
+    bn: Norm,
+    sums: Sums | None,
+    weight: Tensor,
+    x: Tensor,
+    x_bn: Norm | None,
+    add: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    _, C, R, S = weight.shape
+    out = torch.empty_like(x)
+    steps = (1, 1) if add is None else (ceil_div(x.shape[2], add.shape[2]), ceil_div(x.shape[3], add.shape[3]))
+    partials = _conv(
+        g,
+        bn,
+        _packed(weight),
+        out,
+        layout=(1, C, R * S * C),
+        geometry=((R, S), stride, padding, dilation),
+        transposed=True,
+        gradient=(y, sums),
+        x2=None if x_bn is None else x,
+        bn2=x_bn,
+        residual=add,
+        add_stride=steps,
+        partials="" if x_bn is None else "sums",
+    )
+    return _with_sums(out, x_bn, partials)
+
+
+def _with_sums(out: Tensor, bn: Norm | None, partials: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if bn is None or partials is None:
+        return out, None, None
+    grad_gamma, grad_beta = bn_act.finish_backward(partials, bn[1].contiguous(), bn[4])
+    return out, grad_gamma, grad_beta
+
+
+def prologue_end_forward(
+    x: Tensor,
+    bn: Norm | None,
+    weight: Tensor,
+    x2: Tensor | None,
+    weight2: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    stride2: tuple[int, int],
+    activation: str | None,
+) -> Tensor:
+    N, C, H, W = x.shape
+    out = _empty(N, weight.shape[0], ceil_div(H, stride[0]), ceil_div(W, stride[1]), x)
+    _conv(
+        x,
+        bn,
+        _packed(weight),
+        out,
+        layout=(C, 0, 1),
+        geometry=((1, 1), stride, (0, 0), (1, 1)),
+        x2=x2,
+        weight2=None if weight2 is None else _packed(weight2),
+        layout2=(0 if x2 is None else x2.shape[1], 1),
+        stride2=stride2,
+        shift=shift.contiguous(),
+        residual=residual,
+        activation=activation,
+    )
+    return out
+
+
+def prologue_end_backward(
+    g: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    bn: Norm | None,
+    square: Tensor | None,
+    shift: Tensor | None,
+    stride: tuple[int, int],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    N, _, P, Q = g.shape
+    C = weight.shape[1]
+    out = _empty(N, C, P, Q, g)
+    partials = _conv(
+        g,
+        None,
+        weight.contiguous(),
+        out,
+        layout=(1, 0, C),
+        x2=x,
+        bn2=bn,
+        weight2=None if square is None else square.contiguous(),
+        layout2=(1, C),
+        stride2=stride,
+        shift=shift,
+        partials="" if bn is None else "sums",
+    )
+    return _with_sums(out, bn, partials)
+
+
+def _products(
+    left: Tensor,
+    bn: Norm | None,
+    x: Tensor,
+    bn2: Norm | None,
+    *,
+    rows: tuple[int, int, int],
+    exactness: str,
+    geometry: tuple[tuple[int, int], ...],
+    left_stride: tuple[int, int] = (1, 1),
+    gradient: tuple[Tensor, Sums | None] | None = None,
+    summed: bool = False,
+    pivoted: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """((K, taps, C) products, sums of the left operand, its pivot); `rows` are (images, height, width)."""
+    K, C = left.shape[1], x.shape[1]
+    taps, stride, padding, dilation = geometry
+    count = taps[0] * taps[1]
+    N, P, Q = rows
+    M = N * P * Q
+    problem = Problem(_dtype(x), exactness, gradient is not None, count, C, K, power_of_two(M))
+    config = configs.pick(PRODUCTS, problem, x)
+    tiles = ceil_div(K, config["BM"]) * ceil_div(C, config["BN"]) * count
+    steps = ceil_div(M, config["BK"])
+    splits = max(min(ceil_div(2 * configs.target(x).multiprocessors, tiles), ceil_div(steps, 4)), 1)
+    partials = x.new_empty((splits, K, count, C), dtype=torch.float32)
+    sums = x.new_empty((splits, K), dtype=torch.float32) if summed else None
+    pivot = x.new_empty(K, dtype=torch.float32) if pivoted else None
+    y, of_bn = gradient or (None, None)
+    grad_gamma, grad_beta = of_bn or (None, None)
+    launch(
+        prologue_products_kernel,
+        (tiles, splits),
+        left,
+        y,
+        *_vectors(bn),
+        grad_gamma,
+        grad_beta,
+        float(left.numel() // K),
+        x,
+        *_vectors(bn2),
+        partials,
+        sums,
+        pivot,
+        M,
+        left.shape[2],
+        left.shape[3],
+        P,
+        Q,
+        x.shape[2],
+        x.shape[3],
+        K=K,
+        C=C,
+        TAPS=taps,
+        STRIDE=stride,
+        PADDING=padding,
+        DILATION=dilation,
+        LEFT_STRIDE=left_stride,
+        GRADIENT=gradient is not None,
+        PIVOT=pivoted,
+        PRECISION=exactness,
+        WIDE=_wide(left, x, partials),
+        **config,
+    )
+    return partials.sum(0), None if sums is None else sums.sum(0), pivot
+
+
+def prologue_conv_grad_weight(
+    g: Tensor,
+    y: Tensor,
+    bn: Norm,
+    sums: Sums | None,
+    x: Tensor,
+    x_bn: Norm | None,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    N, K, P, Q = y.shape
+    found, _, _ = _products(
+        g,
+        bn,
+        x,
+        x_bn,
+        rows=(N, P, Q),
+        exactness=conv._precision(x),
+        geometry=(kernel, stride, padding, dilation),
+        gradient=(y, sums),
+    )
+    return found.to(y.dtype).view(K, *kernel, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def prologue_products(g: Tensor, x: Tensor, bn: Norm | None, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    N, K, P, Q = g.shape
+    geometry = ((1, 1), stride, (0, 0), (1, 1))
+    found, sums, _ = _products(
+        g, None, x, bn, rows=(N, P, Q), exactness=conv._precision(x), geometry=geometry, summed=True
+    )
+    assert sums is not None
+    return found.view(K, -1), sums
+
+
+def prologue_moments(x: Tensor, bn: Norm | None, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """In 16 bit products of values as they are, exact in fp32; in fp32 of their distances to the first pixel's."""
+    N, C, H, W = x.shape
+    rows = N, ceil_div(H, stride[0]), ceil_div(W, stride[1])
+    found, sums, pivot = _products(
+        x,
+        bn,
+        x,
+        bn,
+        rows=rows,
+        exactness="ieee",
+        geometry=((1, 1), stride, (0, 0), (1, 1)),
+        left_stride=stride,
+        summed=True,
+        pivoted=x.dtype == torch.float32,
+    )
+    assert sums is not None
+    count = rows[0] * rows[1] * rows[2]
+    mean = sums / count
+    moments = found.view(C, C).addr_(sums, mean, alpha=-1)
+    return mean if pivot is None else mean + pivot, moments
+
+
+def bn_mask_backward(
+    grad: Tensor, out: Tensor | None, y: Tensor, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = grad if out is None else torch.empty_like(grad)
+    mean, var = mean.contiguous(), var.contiguous()
+    masked = None if out is None else g
+    partials = bn_act.reduce_backward(grad, y, out, (mean, var, None, None, eps), out is not None, masked, None)
+    grad_gamma, grad_beta = bn_act.finish_backward(partials, var, eps)
+    return g, grad_gamma, grad_beta

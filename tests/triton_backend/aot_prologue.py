@@ -1,0 +1,147 @@
+"""What is compiled of the convolutions with prologues: the bottlenecks of ResNet-50 and basic blocks at batch 64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from aot import Case
+from aot_conv import ieee
+from torch import Tensor
+
+from fused_resnet.backends.triton import configs, conv, prologue
+
+BATCH = 64
+CONV, PRODUCTS = "prologue_conv_kernel", "prologue_products_kernel"
+# name: (C, H, K, kernel size, stride)
+LAYERS = {
+    "1x1-narrow": (256, 56, 64, 1, 1),
+    "1x1-widen": (64, 56, 256, 1, 1),
+    "1x1-projection": (256, 56, 512, 1, 2),
+    "3x3": (64, 56, 64, 3, 1),
+    "3x3-wide": (256, 14, 256, 3, 1),
+    "3x3-stride": (128, 56, 128, 3, 2),
+    "3x3-ragged": (72, 28, 100, 3, 1),
+}
+
+
+def images(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+
+def bn(channels: int) -> tuple[Any, ...]:
+    return *(torch.empty(channels) for _ in range(4)), 1e-5
+
+
+def call(what: str, layer: str, dtype: torch.dtype, batch: int = BATCH) -> Callable[[], Any]:
+    """One primitive; "first": its input is the block's, read without a BN."""
+    C, size, K, taps, stride = LAYERS[layer]
+    out, geometry = (size - 1) // stride + 1, ((stride,) * 2, (taps // 2,) * 2, (1, 1))
+
+    def run() -> Any:
+        x, y, g = (
+            images(dtype, batch, C, size, size),
+            images(dtype, batch, K, out, out),
+            images(dtype, batch, K, out, out),
+        )
+        weight, inner = images(dtype, K, C, taps, taps), None if "first" in what else bn(C)
+        gradient = (y, bn(K), (torch.empty(K), torch.empty(K)))
+        name = what.split(",")[0]
+        if name == "forward":
+            return prologue.prologue_conv_forward(x, inner, weight, *geometry, True, None, None, 0.1)
+        if name == "grad_input":
+            add = torch.empty_like(x) if inner is None else None
+            return prologue.prologue_conv_grad_input(g, *gradient, weight, x, inner, add, *geometry)
+        if name == "grad_weight":
+            return prologue.prologue_conv_grad_weight(g, *gradient, x, inner, (taps, taps), *geometry)
+        if name == "moments":
+            return prologue.prologue_moments(x, inner, (stride,) * 2)
+        if name == "products":
+            return prologue.prologue_products(g, x, inner, (stride,) * 2)
+        if name == "end":
+            return prologue.prologue_end_forward(
+                x, inner, weight, None, None, torch.empty(K), y, (stride,) * 2, (1, 1), "relu"
+            )
+        if name == "end, projected":
+            x2 = images(dtype, batch, 2 * C, 2 * out, 2 * out)
+            args = (x2, images(dtype, K, 2 * C, 1, 1), torch.empty(K), None, (1, 1), (2, 2), "relu")
+            return prologue.prologue_end_forward(x, inner, weight, *args)
+        square = torch.empty((C, C), dtype=dtype)
+        scaled = torch.empty((K, C), dtype=dtype)
+        return prologue.prologue_end_backward(g, scaled, x, inner, square, torch.empty(C), (stride,) * 2)
+
+    return run
+
+
+def _case(what: str, layer: str, dtype: torch.dtype, suffix: str = "", exact: bool = False, **options: Any) -> Case:
+    run = call(what, layer, dtype)
+    name = f"{what} {layer} {dtype}".replace("torch.", "") + suffix
+    dots = () if exact else (CONV, PRODUCTS) if what.split(",")[0] not in ("moments",) or dtype != torch.float32 else ()
+    return Case(name, ieee(run) if exact else run, dot=dots, only=(CONV, PRODUCTS), **options)
+
+
+QUICK = (
+    ("forward", "3x3", torch.bfloat16),
+    ("forward, first", "1x1-narrow", torch.float16),
+    ("grad_input", "3x3", torch.bfloat16),
+    ("grad_weight", "1x1-narrow", torch.bfloat16),
+    ("end_backward", "1x1-widen", torch.bfloat16),
+    ("moments", "1x1-widen", torch.bfloat16),
+)
+
+
+def cases(full: bool) -> Iterator[Case]:
+    for what, layer, dtype in QUICK:
+        yield _case(what, layer, dtype, vector=(CONV,) if what == "forward, first" else ())
+    if not full:
+        return
+    for what, layer in (
+        ("forward", "3x3-stride"),
+        ("forward", "3x3-ragged"),
+        ("grad_input", "3x3-stride"),
+        ("grad_input, first", "1x1-narrow"),
+        ("grad_weight", "3x3-wide"),
+        ("grad_weight, first", "1x1-narrow"),
+        ("end", "1x1-widen"),
+        ("products", "1x1-widen"),
+        ("products, first", "1x1-projection"),
+        ("end_backward, first", "1x1-projection"),
+    ):
+        yield _case(what, layer, torch.bfloat16)
+    for what, layer in (
+        ("forward", "3x3"),
+        ("grad_input", "3x3"),
+        ("grad_weight", "3x3"),
+        ("end_backward", "1x1-widen"),
+    ):
+        yield _case(what, layer, torch.float32)
+        yield _case(what, layer, torch.float32, " ieee", exact=True)
+    yield _case("moments", "1x1-widen", torch.float32, exact=True)
+    yield Case("wide offsets", wide(call("grad_input", "3x3", torch.bfloat16)), dot=(CONV,), only=(CONV,))
+    for what, layer, kernel in (
+        ("forward", "3x3-wide", prologue.CONV),
+        ("grad_input", "1x1-narrow", prologue.CONV),
+        ("end_backward", "1x1-widen", prologue.CONV),
+        ("grad_weight", "1x1-narrow", prologue.PRODUCTS),
+    ):
+        C, size, K, taps, _ = LAYERS[layer]
+        gradient = what.startswith("grad")
+        columns, inner = (C, K) if what in ("grad_input", "end_backward") or kernel == prologue.PRODUCTS else (K, C)
+        rows = conv.power_of_two(BATCH * size * size)
+        key = prologue.Problem("bfloat16", "ieee", gradient, taps * taps, columns, inner, rows)
+        for index, config in enumerate(configs.candidates(kernel, key, configs.target(torch.empty(0)))):
+            yield _case(what, layer, torch.bfloat16, f" {index}", configs={kernel: config})
+
+
+def wide(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call with 64-bit offsets."""
+
+    def widened() -> Any:
+        before, conv.WIDE_FROM = conv.WIDE_FROM, 0
+        try:
+            return run()
+        finally:
+            conv.WIDE_FROM = before
+
+    return widened
