@@ -129,7 +129,7 @@ def cases(full: bool) -> Iterator[Case]:
         gradient = what.startswith("grad")
         columns, inner = (C, K) if what in ("grad_input", "end_backward") or kernel == prologue.PRODUCTS else (K, C)
         rows = conv.power_of_two(BATCH * size * size)
-        key = prologue.Problem("bfloat16", "ieee", gradient, taps * taps, columns, inner, rows)
+        key = prologue.Problem("bfloat16", "ieee", gradient, taps * taps, columns, inner, rows, False)
         for index, config in enumerate(configs.candidates(kernel, key, configs.target(torch.empty(0)))):
             yield _case(what, layer, torch.bfloat16, f" {index}", configs={kernel: config})
 

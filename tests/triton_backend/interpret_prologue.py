@@ -72,9 +72,9 @@ def check(name: str, *given: Any, scale: dict[int, float] | None = None) -> list
     return [ours] if single else list(ours)
 
 
-def rounded(dtype: torch.dtype, count: int = 1) -> float:
-    """The scale of a sum of `count` numbers of size 1 to 10, which were rounded to `dtype` first."""
-    return 9.0 * count + 4 * count**0.5 * torch.finfo(dtype).eps / (16 * torch.finfo(torch.float32).eps)
+def rounded(dtype: torch.dtype, count: int = 1, size: float = 2.0) -> float:
+    """The scale of a sum of `count` numbers of this size, times a few, which were rounded to `dtype` first."""
+    return size * (5.0 * count + 2 * count**0.5 * torch.finfo(dtype).eps / (16 * torch.finfo(torch.float32).eps))
 
 
 def images(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -170,12 +170,12 @@ def test_end(shape, dtype, second):
     elif second == "identity":
         residual = output(shape, dtype, 8)
     given = (x, bn, weight, x2, weight2, shift, residual, stride, (2, 2), "relu" if second else None)
-    check("prologue_end_forward", *given)
+    check("prologue_end_forward", *given, scale={0: rounded(dtype)})
     check("prologue_products", g, x, bn, stride, scale={0: 3.0 * g[:, 0].numel(), 1: 3.0 * g[:, 0].numel()})
     square = guarded((x.shape[1],) * 2, dtype, seed=9, std=0.1) if second else None
     inward = guarded((x.shape[1],), torch.float32, seed=10) if second else None
     scaled = guarded((columns, x.shape[1]), dtype, seed=11, std=0.2)
-    scale = dict.fromkeys((1, 2), rounded(dtype, g[:, 0].numel()))
+    scale = dict.fromkeys((1, 2), rounded(dtype, g[:, 0].numel(), 10.0))
     check("prologue_end_backward", g, scaled, x, bn, square, inward, stride, scale=scale)
 
 

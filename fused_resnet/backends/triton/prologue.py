@@ -340,9 +340,7 @@ def prologue_products_kernel(
         acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
         if sums is not None:
             total += tl.sum(left.to(tl.float32), 0)
-    at = (split * K + k) * COUNT + tap
-    if WIDE:
-        at = at.to(tl.int64)
+    at = ((split * K + k) * COUNT + tap).to(tl.int64)
     tl.store(partials + (at[:, None] * C + c[None, :]), acc, mask=in_k[:, None] & in_c[None, :])
     if sums is not None:  # noqa: SIM102
         if tile % (TILES_N * COUNT) == 0:
@@ -364,6 +362,7 @@ class Problem(NamedTuple):
     columns: int
     inner: int  # channels of the inner axis; in products, of the left operand
     rows: int  # pixels, up to a power of two
+    wide: bool  # 64-bit offsets
 
     @property
     def exact(self) -> bool:
@@ -401,7 +400,7 @@ def _narrow(columns: int) -> int:
 
 def _conv_default(target: configs.Target, key: configs.Key) -> configs.Config:
     problem = Problem(*key)  # type: ignore[arg-type]
-    BM = 64 if problem.exact else 128
+    BM = 64 if problem.exact or (problem.wide and problem.gradient) else 128
     BN = _narrow(problem.columns)
     while BM > 32 and ceil_div(problem.rows, BM) * ceil_div(problem.columns, BN) < target.multiprocessors:
         BM //= 2
@@ -494,8 +493,9 @@ def _conv(
     """Fill `out`; the partial results, (2 or 3, tiles of rows, K), where they are asked for."""
     N, K, P, Q = out.shape
     taps, stride, padding, dilation = geometry
-    rows, exactness = N * P * Q, conv._precision(x)
-    problem = Problem(_dtype(x), exactness, gradient is not None, taps[0] * taps[1], K, x.shape[1], power_of_two(rows))
+    rows, exactness, wide = N * P * Q, conv._precision(x), _wide(x, x2, out)
+    count = taps[0] * taps[1]
+    problem = Problem(_dtype(x), exactness, gradient is not None, count, K, x.shape[1], power_of_two(rows), wide)
     config = configs.pick(CONV, problem, x)
     tiles = ceil_div(rows, config["BM"])
     space = bn_act.workspace(out, 3 if partials == "moments" else 2, tiles) if partials else None
@@ -541,7 +541,7 @@ def _conv(
         RELU=activation == "relu",
         PARTIALS=partials,
         PRECISION=exactness,
-        WIDE=_wide(x, x2, out),
+        WIDE=wide,
         **config,
     )
     return space
@@ -704,7 +704,8 @@ def _products(
     count = taps[0] * taps[1]
     N, P, Q = rows
     M = N * P * Q
-    problem = Problem(_dtype(x), exactness, gradient is not None, count, C, K, power_of_two(M))
+    wide = _wide(left, x)
+    problem = Problem(_dtype(x), exactness, gradient is not None, count, C, K, power_of_two(M), wide)
     config = configs.pick(PRODUCTS, problem, x)
     tiles = ceil_div(K, config["BM"]) * ceil_div(C, config["BN"]) * count
     steps = ceil_div(M, config["BK"])
@@ -745,7 +746,7 @@ def _products(
         GRADIENT=gradient is not None,
         PIVOT=pivoted,
         PRECISION=exactness,
-        WIDE=_wide(left, x, partials),
+        WIDE=wide,
         **config,
     )
     return partials.sum(0), None if sums is None else sums.sum(0), pivot
