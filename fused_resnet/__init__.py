@@ -52,6 +52,7 @@ from fused_resnet.models.resnet import (
 )
 from fused_resnet.modules import AddReLU, BNAct, ConvBNAct
 from fused_resnet.parity import ParityError, verify
+from fused_resnet.plans import use_plan
 from fused_resnet.sync_batchnorm import convert_sync_batchnorm
 from fused_resnet.tensorrt import to_tensorrt
 
@@ -112,6 +113,7 @@ __all__ = [
     "to_pt2",
     "to_tensorrt",
     "use_backend",
+    "use_plan",
     "verify",
     "wide_resnet50_2",
     "wide_resnet101_2",

@@ -151,7 +151,8 @@ def print_plans(args: argparse.Namespace) -> int:
         how = "unit by unit; keeps raw and rectified conv outputs"
         if plan is not None:
             projected = f", projection: {forms[plan.gram_projection]}" if block.downsample is not None else ""
-            how = f"one op; last conv: {forms[plan.gram]}{projected}; keeps {kept[plan.memory]}"
+            read = "; prologues" if plan.prologue else ""
+            how = f"one op; last conv: {forms[plan.gram]}{projected}; keeps {kept[plan.memory]}{read}"
         print(f"{name:<10} {'x'.join(map(str, shape)):<16} {how}")
     return 0
 

@@ -6,30 +6,80 @@ size of its weight, so it pays where a batch has many pixels for each of the con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fused_resnet.ops.residual_block import Plan
 
 MEMORY = ("balanced", "low", "fast")
 
-# Pixels in the batch per input channel from which the Gram form is taken, by device type; nowhere else. On the CPU a
-# provisional choice from few and noisy runs (2 cores, float32, 5 each): at 98 to 784 it was between 13% slower and 18%
-# faster than unit by unit. To be measured again.
-GRAM_PIXELS_PER_CHANNEL = {"cpu": 64.0}
+
+class Rules(NamedTuple):
+    """What plans are made of, per device.
+
+    gram_pixels_per_channel: pixels of the batch per input channel from which a conv takes the Gram form; None: none.
+    prologue: whether convs read raw outputs through BN and ReLU, see `fused_resnet.ops.prologue_block`.
+    """
+
+    gram_pixels_per_channel: float | None = None
+    prologue: bool = False
+
 
 # Input channels up to which a conv in a block that merges statistics across processes takes the Gram form whatever its
 # batch: its products are small beside those of any batch worth a process.
 MERGED_GRAM_CHANNELS = 128
 
+_asked: ContextVar[tuple[bool | None, bool | None]] = ContextVar("fused_resnet_plan", default=(None, None))
 
-def takes_gram_form(conv: nn.Conv2d, pixels: int | None, device_type: str) -> bool:
+
+@contextlib.contextmanager
+def use_plan(*, gram: bool | None = None, prologue: bool | None = None) -> Iterator[None]:
+    """Ask for one way of training residual blocks within a `with` block, in this thread or task; None: as shipped.
+
+    Args:
+        gram: the Gram form wherever a conv allows it, or nowhere.
+        prologue: convs that read raw conv outputs through BN and ReLU, wherever a block allows it, or nowhere.
+            Kernels for it are the Triton backend's; on a CPU plain torch computes the same, more slowly.
+    """
+    token = _asked.set((gram, prologue))
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+@functools.cache
+def _shipped() -> dict[str, Rules]:
+    """fused_resnet/data/plans.json: the rules by device name or type; all that departs from `Rules()` was measured."""
+    found = json.loads((Path(__file__).parent / "data" / "plans.json").read_text())
+    return {device: Rules(**rules) for device, rules in found.items()}
+
+
+def rules(device: torch.device) -> Rules:
+    """The rules for a device: as asked for, else as shipped for its name, else for its type."""
+    shipped = _shipped()
+    found = shipped.get(device.type, Rules())
+    if device.type == "cuda":
+        found = shipped.get(torch.cuda.get_device_name(device), found)
+    gram, prologue = _asked.get()
+    if gram is not None:
+        found = found._replace(gram_pixels_per_channel=0.0 if gram else None)
+    return found if prologue is None else found._replace(prologue=prologue)
+
+
+def takes_gram_form(conv: nn.Conv2d, pixels: int | None, least: float | None) -> bool:
     """Whether a conv with `pixels` output positions in the batch takes the Gram form: 1x1, ungrouped, not narrowing.
 
-    `pixels` None: for all processes alike, whose batches differ.
+    `pixels` None: for all processes alike, whose batches differ. `least`: `Rules.gram_pixels_per_channel`.
     """
-    least = GRAM_PIXELS_PER_CHANNEL.get(device_type)
     if least is None or conv.groups != 1 or conv.kernel_size != (1, 1) or conv.padding != (0, 0):
         return False
     enough = conv.in_channels <= MERGED_GRAM_CHANNELS if pixels is None else pixels >= least * conv.in_channels
@@ -41,8 +91,7 @@ def plan_block(
 ) -> Plan | None:
     """The plan for a block that reads x, (N, C, H, W); None: unit by unit. `merged`: the same for all processes.
 
-    Unit by unit keeps the rectified outputs too and forms none again: "fast" always, "balanced" where the block's last
-    conv does not take the Gram form.
+    Unit by unit keeps the rectified outputs too and forms none again: that is "fast".
     """
     if memory == "fast":
         return None
@@ -51,7 +100,8 @@ def plan_block(
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         for conv in convs:
             pixels //= conv.stride[0] * conv.stride[1]
-    gram = takes_gram_form(convs[-1], pixels, x.device.type)
-    if memory == "balanced" and not gram:
-        return None
-    return Plan(gram, projection is not None and takes_gram_form(projection, pixels, x.device.type), memory)
+    least, prologue = rules(x.device)
+    gram = takes_gram_form(convs[-1], pixels, least)
+    prologue = prologue and not merged and all(conv.groups == 1 for conv in convs)
+    gram_projection = projection is not None and takes_gram_form(projection, pixels, least)
+    return Plan(gram, gram_projection, memory, prologue)

@@ -15,7 +15,7 @@ from networks import images, primitives, randomise
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import dispatch, parity, plans
+from fused_resnet import dispatch, parity
 from fused_resnet.backends import cpp, library, reference
 
 
@@ -248,8 +248,7 @@ def test_a_broken_second_order_sum_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     """The Gram form's moments, which only some blocks use."""
     good = reference.second_moments
     monkeypatch.setattr(reference, "second_moments", lambda rows: (good(rows)[0], good(rows)[1] * 1.01))
-    monkeypatch.setitem(plans.GRAM_PIXELS_PER_CHANNEL, "cpu", 0.0)
-    with pytest.raises(fr.ParityError):
+    with fr.use_plan(gram=True), pytest.raises(fr.ParityError):
         fr.verify(net("Bottleneck"), images(4, 3, 20, 20).to(memory_format=torch.channels_last), train=True)
 
 

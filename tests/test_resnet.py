@@ -265,7 +265,7 @@ def test_memory(memory: str) -> None:
 
 
 def test_memory_saves_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(plans.GRAM_PIXELS_PER_CHANNEL, "cpu", 0.0)
+    monkeypatch.setattr(plans, "rules", lambda device: plans.Rules(0.0))
     kept = {}
     for memory in ("low", "balanced", "fast"):
         torch.manual_seed(0)
@@ -455,7 +455,7 @@ def test_training_step_in_float64(
 ) -> None:
     """Outputs, every gradient, running statistics and num_batches_tracked, two steps in a row."""
     if case["gram"] == "always":
-        monkeypatch.setitem(plans.GRAM_PIXELS_PER_CHANNEL, "cpu", 0.0)
+        monkeypatch.setattr(plans, "rules", lambda device: plans.Rules(0.0))
     ours, theirs = (model.double() for model in twins(torchvision, case["net"]))
     for module in ours.modules():
         if isinstance(module, (fr.BasicBlock, fr.Bottleneck)):

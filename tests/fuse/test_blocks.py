@@ -43,7 +43,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Plan]]:
 @pytest.fixture(params=[1e9, 0.0], ids=["stored", "Gram"])
 def gram(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether 1x1 convs take the Gram form, whatever their size."""
-    monkeypatch.setitem(plans.GRAM_PIXELS_PER_CHANNEL, "cpu", request.param)
+    monkeypatch.setattr(plans, "rules", lambda device: plans.Rules(request.param))
     return request.param == 0
 
 

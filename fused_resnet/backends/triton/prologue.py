@@ -394,13 +394,18 @@ def _conv_config(target: configs.Target, problem: Problem, BM: int, BN: int, war
     return _config(target, problem, BM, BN, warps) | {"GROUP_M": 8, "LOOPS": 1}
 
 
+def _heavy(problem: Problem) -> bool:
+    """Whether addresses and two tensors per operand take so many registers that 128 x 64 at 4 warps may spill."""
+    return problem.gradient and (problem.wide or problem.taps > 1)
+
+
 def _narrow(columns: int) -> int:
     return max(16, min(64, power_of_two(columns)))
 
 
 def _conv_default(target: configs.Target, key: configs.Key) -> configs.Config:
     problem = Problem(*key)  # type: ignore[arg-type]
-    BM = 64 if problem.exact or (problem.wide and problem.gradient) else 128
+    BM = 64 if problem.exact or _heavy(problem) else 128
     BN = _narrow(problem.columns)
     while BM > 32 and ceil_div(problem.rows, BM) * ceil_div(problem.columns, BN) < target.multiprocessors:
         BM //= 2
@@ -409,7 +414,9 @@ def _conv_default(target: configs.Target, key: configs.Key) -> configs.Config:
 
 def _conv_candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Config]:
     problem = Problem(*key)  # type: ignore[arg-type]
-    tiles = EXACT_TILES if problem.exact else CONV_TILES
+    tiles: tuple[tuple[int, int, int], ...] = EXACT_TILES if problem.exact else CONV_TILES
+    if _heavy(problem) and (problem.wide or target.arch not in _ROOMY):
+        tiles = tuple(tile for tile in tiles if tile[0] * tile[1] // tile[2] <= 1024)
     if problem.taps == 1 and not problem.exact and target.arch in _ROOMY:
         tiles = (*tiles, *POINTWISE_TILES)
     for BM, BN, warps in tiles:
