@@ -19,9 +19,12 @@ TOP = 10
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as an aligned table; the last columns tell how many times as fast each of ours is, paired by round."""
+    """The rows as an aligned table: times, in training what autograd saves, and how many times as fast ours are, paired
+    by round."""
     ours = [row["name"] for row in result["rows"] if row["ours"] and "median_ms" in row]
-    cells = [["rival", "median ms", "quartiles", "images/s", *(f"speed-up: {name}" for name in ours)]]
+    saved = any("saved_bytes" in row for row in result["rows"])
+    head = ["rival", "median ms", "quartiles", "images/s", *(["saved MB"] if saved else [])]
+    cells = [[*head, *(f"speed-up: {name}" for name in ours)]]
     for row in result["rows"]:
         if "median_ms" not in row:
             cells.append([row["name"], f"not available: {row['not_available']}"])
@@ -30,6 +33,7 @@ def table(result: dict[str, Any]) -> str:
         faster = [row["speedup"].get(name) for name in ours]
         cells.append(
             [row["name"], f"{row['median_ms']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['images_per_s']:.1f}"]
+            + ([f"{row['saved_bytes'] / 1e6:.0f}" if "saved_bytes" in row else ""] if saved else [])
             + [
                 f"{f['median']:.2f}x ({f['low']:.2f} to {f['high']:.2f})" if f and not row["ours"] else ""
                 for f in faster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,10 +45,8 @@ def why_unfused(job: Job) -> str:
     return "; ".join(f"{row.backend}: {row.note}" for row in rows if row.backend != "reference")
 
 
-def watched(one: Rival, job: Job, backends: dict[str, list[str]]) -> harness.Step:
+def watched(name: str, entry: rivals.Entry, job: Job, backends: dict[str, list[str]]) -> harness.Step:
     """One of ours, whose first run notes in `backends` what it really runs on, a line for each op."""
-    name = title(one.name, job.model)
-    entry = one.prepare(job)
     step = entry.step(job)
 
     def run() -> Any:
@@ -65,14 +64,39 @@ def watched(one: Rival, job: Job, backends: dict[str, list[str]]) -> harness.Ste
     return run
 
 
+def saved_bytes(entry: rivals.Entry, job: Job) -> int | None:
+    """Bytes of the distinct storages that autograd saves in a forward pass, parameters and buffers aside; None for what
+    is not made of modules alone."""
+    if entry.model is None or hasattr(entry.net, "_orig_mod"):  # compiled
+        return None
+    own = {t.untyped_storage().data_ptr() for t in (*entry.model.parameters(), *entry.model.buffers())}
+    found: dict[int, torch.Tensor] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        found[t.untyped_storage().data_ptr()] = t  # kept, so that no address is given out twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), job.autocast():
+        out = entry.net(entry.images(job.x))
+    del out
+    return sum(t.untyped_storage().nbytes() for address, t in found.items() if address not in own)
+
+
 def time_all(job: Job, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
     """The rows and ratios of one job, as they go into the JSON file."""
     everyone = [rivals.PEERS[name] for name in peers] + list(rivals.OURS.values())
     backends: dict[str, list[str]] = {}
-    steps: dict[str, Callable[[], harness.Step]] = {}
-    for one in everyone:
-        prepare = (lambda one=one: watched(one, job, backends)) if one.name in rivals.OURS else one.step_for(job)
-        steps[title(one.name, job.model)] = prepare
+    saved: dict[str, int | None] = {}
+
+    def prepare(one: Rival) -> harness.Step:
+        name, entry = title(one.name, job.model), one.prepare(job)
+        if job.mode == "train":
+            saved[name] = saved_bytes(entry, job)
+        return watched(name, entry, job, backends) if one.name in rivals.OURS else entry.step(job)
+
+    steps: dict[str, Callable[[], harness.Step]] = {
+        title(one.name, job.model): functools.partial(prepare, one) for one in everyone
+    }
     expected = None
     with contextlib.suppress(Exception):  # out of memory, say: eager's own row tells it
         expected = rivals.PEERS["eager"].step_for(job)()()
@@ -109,6 +133,8 @@ def time_all(job: Job, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
             }
         else:
             row["not_available"] = entry.reason or "interrupted before its first timed run"
+        if saved.get(name) is not None:
+            row["saved_bytes"] = saved[name]
         if name in backends:
             row["backends"] = backends[name]
         rows.append(row)

@@ -67,6 +67,31 @@ def _bn_act_pool(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Resu
     return results | {"eval": module.bn_act_pool_eval_forward(x, gamma, beta, *_bn(x)[2:], EPS, "relu", False)[0]}
 
 
+def _prologue(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Results:
+    """A 3x3 conv between two BNs, and the products of the Gram form."""
+    x, y, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, y, grad))
+    channels = x.shape[1]
+    steps = torch.arange(9 * channels * channels, device=x.device) * 31 % 97  # a fixed weight without a pattern
+    weight = ((steps - 48) / (97 * channels**0.5)).to(x.dtype).view(channels, channels, 3, 3)
+    gamma, beta, mean, var = _bn(x)
+    bn, sums = (mean, var, gamma, beta, EPS), (10 * mean, 10 * beta)
+    same, one = ((1, 1), (1, 1), (1, 1)), (1, 1)
+    square = weight[:, :, 1, 1].contiguous()
+    point = square.view(channels, channels, 1, 1)
+    found = {
+        "forward": module.prologue_conv_forward(x, bn, weight, *same, True, None, None, 0.1),
+        "input": module.prologue_conv_grad_input(grad, y, bn, sums, weight, x, bn, None, *same),
+        "first": module.prologue_conv_grad_input(grad, y, bn, None, weight, x, None, y, *same),
+        "weight": [module.prologue_conv_grad_weight(grad, y, bn, sums, x, bn, (3, 3), *same)],
+        "moments": module.prologue_moments(x, bn, one),
+        "products": module.prologue_products(grad, x, bn, one),
+        "end": [module.prologue_end_forward(x, bn, point, y, point, beta, grad, one, one, "relu")],
+        "back": module.prologue_end_backward(grad, square, x, bn, square, beta, one),
+        "mask": module.bn_mask_backward(grad, x, y, mean, var, EPS),
+    }
+    return {f"{name} {i}": t for name, several in found.items() for i, t in enumerate(several) if t is not None}
+
+
 def _bn(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fresh gamma, beta, running mean and variance."""
     steps = torch.arange(x.shape[1], device=x.device) % 5
@@ -83,6 +108,7 @@ CHECKS: dict[str, Callable[[ModuleType, Tensor, Tensor, Tensor], Results]] = {
     "bn_act": _bn_act,
     "bn_bn_act": _bn_bn_act,
     "bn_act_pool": _bn_act_pool,
+    "prologue": _prologue,
 }
 
 
