@@ -108,6 +108,8 @@ models() {
     step "layers" 60 "$PYTHON" -m fused_resnet bench-all --parts layers --device cuda --out "$out"
     step "inference" 130 "${model[@]}" --mode infer --dtypes bf16,fp16 --batches 256,1 --rivals "$quick,$graphs"
     step "training" 130 "${model[@]}" --mode train --dtypes bf16 --batches 256 --rivals "$quick,$graphs"
+    step "training, other plans" 130 "${model[@]}" --mode train --dtypes bf16 --batches 256 \
+        --rivals "channels_last,fused_resnet,ours: fast,ours: low,ours: Gram,ours: prologue"
     step "torch.compile" 200 "${model[@]}" --mode infer,train --dtypes bf16 --batches 128 \
         --rivals "channels_last,compile,compile default,fused_resnet"
 }

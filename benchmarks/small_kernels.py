@@ -34,13 +34,18 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="large shapes; only the calls, each after a separator")
     args = parser.parse_args()
     dtype, on_gpu = bench_ops.DTYPES[args.dtype], args.device.type == "cuda"
+    plan = {"gram": True, "prologue": True} if args.backend == "triton" else {}  # what nothing chooses by itself yet
     for op in bench_ops.ops().values():
         case = picked(op, args.profile)
         for direction in op.directions:
             name = f"{op.name} {case.name}, {kernels.DIRECTIONS[direction]}"
             make = Maker(args.batch, dtype, args.device)
             inputs = [op.inputs(case.sizes, make)]
-            with torch.set_grad_enabled(direction != "infer"), fused_resnet.use_backend(args.backend):
+            with (
+                torch.set_grad_enabled(direction != "infer"),
+                fused_resnet.use_backend(args.backend),
+                fused_resnet.use_plan(**plan),
+            ):
                 try:
                     kernels.calls(op, bench_ops.OURS, inputs, direction)[0]()  # compiles
                     (call,) = kernels.calls(op, bench_ops.OURS, inputs, direction)

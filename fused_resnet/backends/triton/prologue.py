@@ -382,21 +382,23 @@ PRODUCT_TILES = ((64, 64, 4), (128, 64, 4), (64, 128, 4))
 EXACT_TILES = ((64, 64, 4), (64, 32, 4))
 
 
-def _stages(target: configs.Target) -> int:
-    return 2 if target.arch.startswith("gfx") or target.shared < 100 << 10 else 3
+def _stages(target: configs.Target, problem: Problem) -> int:
+    small = target.arch.startswith("gfx") or target.shared < 100 << 10
+    return 2 if small or (target.arch == "sm_100" and problem.taps > 1) else 3
 
 
 def _config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: int) -> configs.Config:
-    return {"BM": BM, "BN": BN, "BK": problem.depth, "num_warps": warps, "num_stages": _stages(target)}
+    return {"BM": BM, "BN": BN, "BK": problem.depth, "num_warps": warps, "num_stages": _stages(target, problem)}
 
 
 def _conv_config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: int) -> configs.Config:
     return _config(target, problem, BM, BN, warps) | {"GROUP_M": 8, "LOOPS": 1}
 
 
-def _heavy(problem: Problem) -> bool:
+def _heavy(target: configs.Target, problem: Problem) -> bool:
     """Whether addresses and two tensors per operand take so many registers that 128 x 64 at 4 warps may spill."""
-    return problem.gradient and (problem.wide or problem.taps > 1)
+    several = problem.taps > 1
+    return (problem.gradient and (problem.wide or several)) or (several and target.arch == "sm_100")
 
 
 def _narrow(columns: int) -> int:
@@ -405,7 +407,7 @@ def _narrow(columns: int) -> int:
 
 def _conv_default(target: configs.Target, key: configs.Key) -> configs.Config:
     problem = Problem(*key)  # type: ignore[arg-type]
-    BM = 64 if problem.exact or _heavy(problem) else 128
+    BM = 64 if problem.exact or _heavy(target, problem) else 128
     BN = _narrow(problem.columns)
     while BM > 32 and ceil_div(problem.rows, BM) * ceil_div(problem.columns, BN) < target.multiprocessors:
         BM //= 2
@@ -415,7 +417,7 @@ def _conv_default(target: configs.Target, key: configs.Key) -> configs.Config:
 def _conv_candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Config]:
     problem = Problem(*key)  # type: ignore[arg-type]
     tiles: tuple[tuple[int, int, int], ...] = EXACT_TILES if problem.exact else CONV_TILES
-    if _heavy(problem) and (problem.wide or target.arch not in _ROOMY):
+    if _heavy(target, problem) and (problem.wide or target.arch != "sm_90"):
         tiles = tuple(tile for tile in tiles if tile[0] * tile[1] // tile[2] <= 1024)
     if problem.taps == 1 and not problem.exact and target.arch in _ROOMY:
         tiles = (*tiles, *POINTWISE_TILES)
@@ -426,12 +428,14 @@ def _conv_candidates(target: configs.Target, key: configs.Key) -> Iterator[confi
 
 def _products_default(target: configs.Target, key: configs.Key) -> configs.Config:
     problem = Problem(*key)  # type: ignore[arg-type]
-    return _config(target, problem, _narrow(problem.inner), _narrow(problem.columns), 4)
+    columns = min(32, _narrow(problem.columns)) if problem.exact else _narrow(problem.columns)
+    return _config(target, problem, _narrow(problem.inner), columns, 4)
 
 
 def _products_candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Config]:
     problem = Problem(*key)  # type: ignore[arg-type]
-    for BM, BN, warps in EXACT_TILES if problem.exact else PRODUCT_TILES:
+    tiles = EXACT_TILES[1:] if problem.exact else PRODUCT_TILES[:1] if target.arch == "sm_100" else PRODUCT_TILES
+    for BM, BN, warps in tiles:
         if power_of_two(problem.inner) >= BM and power_of_two(problem.columns) >= BN:
             yield _config(target, problem, BM, BN, warps)
 
