@@ -19,6 +19,7 @@ from fused_resnet import dispatch
 from fused_resnet.backends import reference
 from fused_resnet.backends import triton as backend
 from fused_resnet.backends.triton import configs
+from fused_resnet.plans import use_plan
 
 LEAST_GAIN = 0.02  # a config replaces the default where it saves at least this part of the call's time
 
@@ -160,14 +161,16 @@ def _time(
 
 
 def workload(model: torch.nn.Module, x: Tensor, modes: Sequence[str] = ("infer", "train")) -> Callable[[], Any]:
-    """One step of inference, of training, or of both; changes the model's running statistics and gradients."""
+    """One step of inference, of training with and without prologues, or of all; changes the model's running statistics and gradients."""
 
     def run() -> None:
         if "infer" in modes:
             with torch.inference_mode():
                 model.eval()(x)
         if "train" in modes:
-            model.train()(x).float().sum().backward()
+            for prologue in (False, True):
+                with use_plan(prologue=prologue):
+                    model.train()(x).float().sum().backward()
 
     return run
 

@@ -11,9 +11,9 @@ from harness import DTYPES, assert_close, assert_guards, guarded, like, track
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.backends import reference
+from fused_resnet.backends import reference, selfcheck
 from fused_resnet.backends import triton as backend
-from fused_resnet.backends.triton import configs, prologue, selfcheck
+from fused_resnet.backends.triton import configs, prologue
 from fused_resnet.ops.residual_block import Plan, Unit, residual_block
 from fused_resnet.parity import compare
 
