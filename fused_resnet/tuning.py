@@ -161,7 +161,8 @@ def _time(
 
 
 def workload(model: torch.nn.Module, x: Tensor, modes: Sequence[str] = ("infer", "train")) -> Callable[[], Any]:
-    """One step of inference, of training with and without prologues, or of all; changes the model's running statistics and gradients."""
+    """One step of inference, of training (one with prologues as well), or of both; changes the model's running
+    statistics and gradients."""
 
     def run() -> None:
         if "infer" in modes:

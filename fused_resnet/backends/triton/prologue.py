@@ -374,7 +374,6 @@ class Problem(NamedTuple):
         return 16 if self.exact else 32 if self.dtype == "float32" else 64
 
 
-_ROOMY = ("sm_90", "sm_100")
 # BM, BN, warps. A loop over several taps at 8 warps has been miscompiled (triton#1254): 4 there.
 CONV_TILES = ((128, 64, 4), (64, 64, 4), (64, 128, 4), (64, 32, 4))
 POINTWISE_TILES = ((128, 128, 8), (256, 64, 8))
@@ -396,9 +395,8 @@ def _conv_config(target: configs.Target, problem: Problem, BM: int, BN: int, war
 
 
 def _heavy(target: configs.Target, problem: Problem) -> bool:
-    """Whether addresses and two tensors per operand take so many registers that 128 x 64 at 4 warps may spill."""
-    several = problem.taps > 1
-    return (problem.gradient and (problem.wide or several)) or (several and target.arch == "sm_100")
+    """Whether 128 x 64 at 4 warps may spill: addresses and two tensors per operand, or Blackwell's compiler."""
+    return target.arch == "sm_100" or (problem.gradient and (problem.wide or problem.taps > 1))
 
 
 def _narrow(columns: int) -> int:
@@ -417,10 +415,10 @@ def _conv_default(target: configs.Target, key: configs.Key) -> configs.Config:
 def _conv_candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Config]:
     problem = Problem(*key)  # type: ignore[arg-type]
     tiles: tuple[tuple[int, int, int], ...] = EXACT_TILES if problem.exact else CONV_TILES
+    if problem.taps == 1 and not problem.exact and target.arch == "sm_90":
+        tiles = (*tiles, *POINTWISE_TILES)
     if _heavy(target, problem) and (problem.wide or target.arch != "sm_90"):
         tiles = tuple(tile for tile in tiles if tile[0] * tile[1] // tile[2] <= 1024)
-    if problem.taps == 1 and not problem.exact and target.arch in _ROOMY:
-        tiles = (*tiles, *POINTWISE_TILES)
     for BM, BN, warps in tiles:
         if max(32, power_of_two(problem.columns)) >= BN:
             yield _conv_config(target, problem, BM, BN, warps)
