@@ -6,6 +6,7 @@ from fused_resnet.blocks import BasicBlock, Bottleneck
 from fused_resnet.convert import fuse, refresh, restore
 from fused_resnet.dispatch import BackendUnavailableError, backend_table, set_backend, use_backend
 from fused_resnet.export import to_onnx, to_plain, to_pt2
+from fused_resnet.frozen import freeze
 from fused_resnet.models.cifar import (
     CifarResNet,
     cifar_resnet20,
@@ -82,6 +83,7 @@ __all__ = [
     "cifar_resnet110",
     "cifar_resnet1202",
     "convert_sync_batchnorm",
+    "freeze",
     "fuse",
     "ops",
     "plain_cifar_net20",

@@ -250,14 +250,15 @@ class FusedModule(nn.Module):
             mean, var = cast("tuple[Tensor, Tensor]", (bn.running_mean, bn.running_var))
             w, b = fold(weight, conv.bias, gamma, beta, mean, var, bn.eps, x.dtype)
             packed = choice.pack(w, tuple(x.shape), *geometry) if channels_last else w
-            call = _call(choice, packed, b, *geometry, activation)
+            call = packed_call(choice, packed, b, *geometry, activation)
             cache.put(stamp, key, call)
         if calls is not None:
             calls[name] = call
         return call(x, residual, overwrite)
 
 
-def _call(choice: dispatch.Choice, weight: Tensor, bias: Tensor, *options: Any) -> Call:
+def packed_call(choice: dispatch.Choice, weight: Tensor, bias: Tensor | None, *options: Any) -> Call:
+    """The chosen backend's convolution of one weight: (x, residual, may it write over the residual) to the output."""
     function, onto_residual = choice.function, choice.onto_residual
 
     def call(x: Tensor, residual: Tensor | None, overwrite: bool) -> Tensor:

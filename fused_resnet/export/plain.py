@@ -44,24 +44,29 @@ def to_plain(model: nn.Module) -> PlainModel:
     Raises:
         ValueError: torch.fx cannot trace the model, for instance because its code depends on values.
     """
+    return folded_copy(model)[0]
+
+
+def folded_copy(model: nn.Module) -> tuple[PlainModel, list[tuple[str, str]]]:
+    """`to_plain`, and the names of the batch norms that it left as they are, each with the reason."""
     copied = restore(copy.deepcopy(model)).eval()
     try:
         graph = fx.Tracer().trace(copied)
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"to_plain: torch.fx cannot trace {type(model).__name__}: {reason}") from error
+        raise ValueError(f"torch.fx cannot trace {type(model).__name__}: {reason}") from error
     for node in graph.nodes:
         node.type = None  # annotations, which do not pickle
     plain = PlainModel(copied, graph, type(model).__name__)
     plain.eval()
-    _fold_convs(plain)
+    skipped = _fold_convs(plain)
     plain.requires_grad_(False)
     plain.register_buffer(FOLDED, torch.ones((), dtype=torch.bool))
-    return plain
+    return plain, skipped
 
 
 @torch.no_grad()
-def _fold_convs(plain: fx.GraphModule) -> None:
+def _fold_convs(plain: fx.GraphModule) -> list[tuple[str, str]]:
     modules = dict(plain.named_modules(remove_duplicate=False))
     called = [node for node in plain.graph.nodes if node.op == "call_module"]
     calls = Counter(modules[node.target] for node in called)
@@ -81,6 +86,26 @@ def _fold_convs(plain: fx.GraphModule) -> None:
     plain.graph.eliminate_dead_code()
     plain.delete_all_unused_submodules()
     plain.recompile()
+    left = (node for node in plain.graph.nodes if node.op == "call_module")
+    norms = [node for node in left if isinstance(modules[node.target], nn.modules.batchnorm._BatchNorm)]
+    return [(node.target, _why_left(node, modules, calls)) for node in norms]
+
+
+def _why_left(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[nn.Module]) -> str:
+    """Why the batch norm that a node calls was not folded."""
+    bn, before = modules[str(node.target)], node.args[0]
+    if getattr(bn, "running_mean", None) is None:
+        return "it has no running statistics"
+    if not (isinstance(before, fx.Node) and before.op == "call_module"):
+        return "it does not follow a conv"
+    conv = modules[str(before.target)]
+    if type(conv) is not nn.Conv2d:
+        return f"it follows {type(conv).__name__}, not Conv2d"
+    if calls[conv] != 1:
+        return "its conv is called more than once"
+    if len(before.users) != 1:
+        return "its conv's output is read elsewhere too"
+    return unfused_reason(conv, bn, None) or "its kind is not known"
 
 
 def _batch_norm(

@@ -374,29 +374,30 @@ class Problem(NamedTuple):
         return 16 if self.exact else 32 if self.dtype == "float32" else 64
 
 
-# BM, BN, warps. A loop over several taps at 8 warps has been miscompiled (triton#1254): 4 there.
+# BM, BN, warps. A loop over several taps at 8 warps has been miscompiled (triton#1254): one loop for each tap there.
 CONV_TILES = ((128, 64, 4), (64, 64, 4), (64, 128, 4), (64, 32, 4))
 POINTWISE_TILES = ((128, 128, 8), (256, 64, 8))
+BLACKWELL_TILES = ((128, 64, 8), (64, 64, 8))  # at 4 warps its compiler runs out of registers
 PRODUCT_TILES = ((64, 64, 4), (128, 64, 4), (64, 128, 4))
 EXACT_TILES = ((64, 64, 4), (64, 32, 4))
 
 
-def _stages(target: configs.Target, problem: Problem) -> int:
-    small = target.arch.startswith("gfx") or target.shared < 100 << 10
-    return 2 if small or (target.arch == "sm_100" and problem.taps > 1) else 3
+def _stages(target: configs.Target) -> int:
+    return 2 if target.arch.startswith("gfx") or target.shared < 100 << 10 else 3
 
 
 def _config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: int) -> configs.Config:
-    return {"BM": BM, "BN": BN, "BK": problem.depth, "num_warps": warps, "num_stages": _stages(target, problem)}
+    return {"BM": BM, "BN": BN, "BK": problem.depth, "num_warps": warps, "num_stages": _stages(target)}
 
 
 def _conv_config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: int) -> configs.Config:
-    return _config(target, problem, BM, BN, warps) | {"GROUP_M": 8, "LOOPS": 1}
+    loops = problem.taps if warps == 8 else 1
+    return _config(target, problem, BM, BN, warps) | {"GROUP_M": 8, "LOOPS": loops}
 
 
-def _heavy(target: configs.Target, problem: Problem) -> bool:
-    """Whether 128 x 64 at 4 warps may spill: addresses and two tensors per operand, or Blackwell's compiler."""
-    return target.arch == "sm_100" or (problem.gradient and (problem.wide or problem.taps > 1))
+def _heavy(problem: Problem) -> bool:
+    """Whether addresses and two tensors per operand take so many registers that 128 x 64 at 4 warps may spill."""
+    return problem.gradient and (problem.wide or problem.taps > 1)
 
 
 def _narrow(columns: int) -> int:
@@ -405,20 +406,24 @@ def _narrow(columns: int) -> int:
 
 def _conv_default(target: configs.Target, key: configs.Key) -> configs.Config:
     problem = Problem(*key)  # type: ignore[arg-type]
-    BM = 64 if problem.exact or _heavy(target, problem) else 128
+    warps = 8 if target.arch == "sm_100" and not problem.exact else 4
+    small = problem.exact or problem.dtype == "float32" if target.arch == "sm_100" else problem.exact
+    BM = 64 if small or (warps == 4 and _heavy(problem)) else 128
     BN = _narrow(problem.columns)
     while BM > 32 and ceil_div(problem.rows, BM) * ceil_div(problem.columns, BN) < target.multiprocessors:
         BM //= 2
-    return _conv_config(target, problem, BM, BN, 4)
+    return _conv_config(target, problem, BM, BN, warps)
 
 
 def _conv_candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Config]:
     problem = Problem(*key)  # type: ignore[arg-type]
     tiles: tuple[tuple[int, int, int], ...] = EXACT_TILES if problem.exact else CONV_TILES
-    if problem.taps == 1 and not problem.exact and target.arch == "sm_90":
-        tiles = (*tiles, *POINTWISE_TILES)
-    if _heavy(target, problem) and (problem.wide or target.arch != "sm_90"):
+    if target.arch == "sm_100" and not problem.exact:
+        tiles = BLACKWELL_TILES[problem.dtype == "float32" :]
+    elif _heavy(problem) and (problem.wide or target.arch != "sm_90"):
         tiles = tuple(tile for tile in tiles if tile[0] * tile[1] // tile[2] <= 1024)
+    elif problem.taps == 1 and not problem.exact and target.arch == "sm_90":
+        tiles = (*tiles, *POINTWISE_TILES)
     for BM, BN, warps in tiles:
         if max(32, power_of_two(problem.columns)) >= BN:
             yield _conv_config(target, problem, BM, BN, warps)

@@ -1,0 +1,262 @@
+"""`freeze`: a copy of a model for inference alone, batch norm folded, each conv and what follows it one packed call."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import threading
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fused_resnet import dispatch, ops
+from fused_resnet.export.plain import PlainModel, folded_copy
+from fused_resnet.folding import FOLDED
+from fused_resnet.modules import Call, has_pairs, packed_call
+from fused_resnet.ops.checks import autocast_dtype, is_channels_last, is_traced
+from fused_resnet.ops.conv_bias_act import check_conv, conv_layout
+
+ENGINES = (None, "openvino")
+_KEPT = 64  # situations of a conv, or shapes of an engine, that are remembered
+
+
+class FrozenConv(nn.Module):
+    """act(conv(x) + bias + residual); the weight is packed once per backend and dtype, for inputs of any size.
+
+    Args:
+        conv: an nn.Conv2d with zero padding; its parameters become this module's.
+        activation: "relu" or None.
+        overwrites: nobody else reads the residual, so that the result may be written over it.
+    """
+
+    def __init__(self, conv: nn.Conv2d, activation: str | None = None, overwrites: bool = False) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.geometry = cast("Any", (conv.stride, conv.padding, conv.dilation, conv.groups))
+        self.activation, self.overwrites = activation, overwrites
+        self._packed: dict[Any, Call] = {}
+        self._calls: dict[Any, Call] = {}
+
+    def extra_repr(self) -> str:
+        stride, padding, dilation, groups = self.geometry
+        shape = f"{tuple(self.weight.shape)}, stride={stride}, padding={padding}, dilation={dilation}, groups={groups}"
+        return f"{shape}, activation={self.activation!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": {}, "_calls": {}}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._packed, self._calls = {}, {}
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._packed, self._calls = {}, {}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, H, W), and a residual of the output's shape, to (N, K, H', W'), channels_last on the CPU."""
+        if is_traced(x):
+            stride, padding, dilation, groups = self.geometry
+            options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+            return ops.conv_bias_act(x, self.weight, self.bias, residual, activation=self.activation, **options)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a frozen model has no gradients: call it under torch.no_grad(), or keep the model")
+        dtype = autocast_dtype(x)
+        if dtype is not None:
+            x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+        key = (x.shape, x.dtype, x.device, dispatch.requested(), torch._C._get_mkldnn_enabled())
+        call = self._calls.get(key)
+        if call is None or not is_channels_last(x):
+            check_conv("FrozenConv", x, self.weight, self.bias, *self.geometry)
+            if dispatch.prefers_channels_last(x):
+                x = x.contiguous(memory_format=torch.channels_last)
+            x, residual = conv_layout(x, self.weight, residual)
+            call = self._prepare(x)
+            if is_channels_last(x):
+                if len(self._calls) >= _KEPT:
+                    self._calls = {}
+                self._calls[key] = call
+        return call(x, residual, self.overwrites)
+
+    def _prepare(self, x: Tensor) -> Call:
+        weight = self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        options = (*self.geometry, self.activation)
+        choice = dispatch.choose("conv_bias_act_forward", x, weight, *options)
+        packs = choice.pack is not None and is_channels_last(x)
+        key = (choice.backend, x.dtype, x.device, packs)
+        call = self._packed.get(key)
+        if call is None:
+            if choice.pack is not None and packs:
+                weight = choice.pack(weight, tuple(x.shape), *self.geometry)
+                bias = x.new_zeros(self.weight.shape[0]) if bias is None else bias
+            call = self._packed[key] = packed_call(choice, weight, bias, *options)
+        return call
+
+
+class FrozenModel(PlainModel):
+    """What `freeze` returns. `fused`: the convs and what they took in; `skipped`: batch norms that stayed, and why."""
+
+    fused: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
+
+
+def freeze(model: nn.Module, *, engine: str | None = None) -> nn.Module:
+    """A copy of the model for inference alone; the model is not touched.
+
+    Batch norm is folded into the convs in float32 and rounded once. Each conv with the addition and the ReLU after it
+    is one call with a packed weight; nothing is looked up or checked between them. Inputs may have any batch and image
+    size from call to call, NCHW or channels_last, and several threads may call it at once. Parameters are those of the
+    folded convs: what is written to them after the first call is seen after `load_state_dict` or `to` alone.
+
+    Args:
+        model: a model of this package, a fused one, or any that torch.fx can trace; on any device.
+        engine: None: our own calls; "openvino": the folded model run by OpenVINO, on the CPU, which must be installed.
+
+    Returns:
+        A FrozenModel, a torch.fx.GraphModule in eval mode; with an engine a module with the same forward.
+
+    Raises:
+        ValueError: torch.fx cannot trace the model, or the engine is unknown. ImportError: it is not installed.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"freeze: unknown engine {engine!r}; expected one of {', '.join(map(repr, ENGINES))}")
+    plain, skipped = folded_copy(model)
+    if engine == "openvino":
+        return OpenVINOModel(plain)
+    frozen = FrozenModel(plain, plain.graph, type(model).__name__)
+    frozen.eval()
+    frozen.register_buffer(FOLDED, torch.ones((), dtype=torch.bool))
+    frozen.skipped = skipped
+    frozen.fused = _fuse(frozen)
+    return frozen
+
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+_FRESH = (FrozenConv, nn.MaxPool2d)  # what gives a tensor that nobody else holds
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.ReLU
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    return node.op == "call_function" and node.target in (F.relu, torch.relu, torch.relu_)
+
+
+def _sum(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two nodes that a node adds, or None."""
+    adds = (node.op == "call_function" and node.target in _ADDS) or (node.op, node.target) == ("call_method", "add_")
+    if not adds or len(node.args) != 2 or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
+        return None
+    return cast("tuple[fx.Node, fx.Node]", node.args)
+
+
+def _fuse(frozen: fx.GraphModule) -> list[tuple[str, str]]:
+    """Replace each conv, and the addition and ReLU that alone read it, by a FrozenConv."""
+    modules = dict(frozen.named_modules(remove_duplicate=False))
+    order = {node: index for index, node in enumerate(frozen.graph.nodes)}
+    called = [node for node in frozen.graph.nodes if node.op == "call_module"]
+    found: list[tuple[str, str]] = []
+    for node in called:
+        conv = modules[str(node.target)]
+        shared = sum(modules[str(other.target)] is conv for other in called) > 1
+        if type(conv) is not nn.Conv2d or shared or conv.padding_mode != "zeros" or not has_pairs(conv):
+            continue
+        if isinstance(conv.padding, str) or conv._forward_hooks or conv._forward_pre_hooks or len(node.args) != 1:
+            continue
+        last, residual, parts = node, None, ["conv"]
+        (user,) = node.users if len(node.users) == 1 else (None,)
+        if user is not None and (added := _sum(user)) is not None:
+            other = added[0] if added[1] is node else added[1]
+            later = other is not node and _joins(other, node, order, modules)
+            relu = next(iter(user.users), None) if len(user.users) == 1 else None
+            if later and relu is not None and _is_relu(relu, modules):
+                last, residual, parts = relu, other, ["conv", "add", "relu"]
+        elif user is not None and _is_relu(user, modules):
+            last, parts = user, ["conv", "relu"]
+        overwrites = residual is not None and _only_reader(residual, last, order, modules)
+        activation = "relu" if parts[-1] == "relu" else None
+        frozen.set_submodule(str(node.target), FrozenConv(conv, activation, overwrites))
+        modules[str(node.target)] = frozen.get_submodule(str(node.target))
+        with frozen.graph.inserting_after(last):
+            new = frozen.graph.call_module(str(node.target), (node.args[0], *([] if residual is None else [residual])))
+        order[new] = order[last]
+        last.replace_all_uses_with(new)
+        for old in (last, user, node):  # from the end
+            if old is not None and not old.users and old.op != "output" and old is not new:
+                frozen.graph.erase_node(old) if old in frozen.graph.nodes else None
+        found.append((str(node.target), " + ".join(parts)))
+    frozen.graph.lint()
+    frozen.delete_all_unused_submodules()
+    frozen.recompile()
+    return found
+
+
+def _joins(other: fx.Node, node: fx.Node, order: dict[fx.Node, int], modules: dict[str, nn.Module]) -> bool:
+    """Whether of two convs that are added this one takes the addition in: the later of them."""
+    if other.op == "call_module" and isinstance(modules[str(other.target)], (nn.Conv2d, FrozenConv)):
+        return order[other] < order[node]
+    return True
+
+
+def _only_reader(residual: fx.Node, last: fx.Node, order: dict[fx.Node, int], modules: dict[str, nn.Module]) -> bool:
+    """Whether nobody reads the residual after `last`, and no other tensor shares its memory."""
+    if residual.op != "call_module" or not isinstance(modules[str(residual.target)], _FRESH):
+        return False
+    return all(
+        order[user] <= order[last]
+        and (_sum(user) is not None or (user.op == "call_module" and isinstance(modules[str(user.target)], _READERS)))
+        for user in residual.users
+    )
+
+
+_READERS = (nn.Conv2d, *_FRESH)  # their outputs share no memory with what they read
+
+
+class OpenVINOModel(nn.Module):
+    """A folded model run by OpenVINO, compiled for each shape and dtype of the input at its first call."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        try:
+            importlib.import_module("openvino")
+        except ImportError as error:
+            raise ImportError("freeze: engine='openvino' needs the package openvino") from error
+        self.plain = plain
+        self._compiled: dict[Any, Any] = {}
+        self._requests = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_compiled", "_requests")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compiled, self._requests = {}, threading.local()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One tensor to one tensor, both on the CPU. Under autocast in bfloat16 OpenVINO computes in bfloat16."""
+        if x.device.type != "cpu":
+            raise ValueError(f"freeze: OpenVINO runs on the CPU, got an input on {x.device}")
+        precision = "bf16" if autocast_dtype(x) is torch.bfloat16 or x.dtype is torch.bfloat16 else "f32"
+        key = (tuple(x.shape), precision, torch.get_num_threads())
+        mine: dict[Any, Any] = self._requests.__dict__.setdefault("kept", {})
+        request = mine.get(key)
+        if request is None:
+            request = mine[key] = self._compile(x, *key[1:]).create_infer_request()
+        (out,) = request.infer([x.detach().float().numpy()], share_inputs=True).values()
+        return torch.from_numpy(out.copy())
+
+    def _compile(self, x: Tensor, precision: str, threads: int) -> Any:
+        key = (tuple(x.shape), precision, threads)
+        if key not in self._compiled:
+            ov = importlib.import_module("openvino")
+            with torch.no_grad():
+                model = ov.convert_model(self.plain.float(), example_input=x.float(), input=[list(x.shape)])
+            options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+            if len(self._compiled) >= _KEPT:
+                self._compiled = {}
+            self._compiled[key] = ov.Core().compile_model(model, "CPU", options | {"INFERENCE_NUM_THREADS": threads})
+        return self._compiled[key]
