@@ -39,6 +39,9 @@ def assert_agrees(frozen: nn.Module, model: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         exact, plain = copy.deepcopy(model).double()(x.double()), model(x)
         ours = frozen(x)
+    if x.dtype == torch.float64:
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
+        return
     row = compare("out", ours.float(), plain.float(), exact, granted=2e-6)  # folded weights are rounded elsewhere
     assert row.ok, row
 
@@ -75,14 +78,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_results_are_the_models(name: str) -> None:
-    model = lively(MODELS[name]())
+    dtype = torch.float64 if name == "odd" else torch.float32  # batch statistics magnify roundings
+    model = lively(MODELS[name]()).to(dtype)
     before = copy.deepcopy(model.state_dict())
     frozen = fr.freeze(model)
     for shape in ((1, 3, 64, 64), (5, 3, 64, 64), (2, 3, 75, 53), (1, 3, 64, 64)):
         if name == "cifar, option A":
             shape = (*shape[:2], 32, 32)
-        assert_agrees(frozen, model, images(*shape))
-        assert_agrees(frozen, model, images(*shape).to(memory_format=torch.channels_last))
+        assert_agrees(frozen, model, images(*shape, dtype=dtype))
+        assert_agrees(frozen, model, images(*shape, dtype=dtype).to(memory_format=torch.channels_last))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fused_resnet as fr
 from fused_resnet import dispatch
 from fused_resnet.blocks import ResidualBlock
-from fused_resnet.ops import residual_block
+from fused_resnet.ops import block_units
 from fused_resnet.ops.residual_block import Plan
 from fused_resnet.parity import compare
 from fused_resnet.plans import MERGED_GRAM_CHANNELS, plan_block
@@ -124,7 +124,7 @@ def _part(rank: int, world: int, case: Case) -> dict[str, Any]:
     plan = Plan(gram and not isinstance(block, fr.BasicBlock), gram, memory)
     with pytest.MonkeyPatch.context() as patch, _recorded() as (primitives, collectives):
         if form == "fallback" and rank % 2:
-            patch.setattr(residual_block, "_CANCELLED", -1.0)
+            patch.setattr(block_units, "_CANCELLED", -1.0)
         x, cotangent = (t.split(sizes)[rank] for t in (x, cotangent))
         results = _step(block, x, cotangent, lambda x: block._whole(x, plan))
     return {"results": results, "primitives": primitives, "collectives": collectives}

@@ -382,8 +382,13 @@ PRODUCT_TILES = ((64, 64, 4), (128, 64, 4), (64, 128, 4))
 EXACT_TILES = ((64, 64, 4), (64, 32, 4))
 
 
+def _is_small(target: configs.Target) -> bool:
+    """Parts without much shared memory, whose compiler spills larger tiles."""
+    return target.shared < 100 << 10
+
+
 def _stages(target: configs.Target) -> int:
-    return 2 if target.arch.startswith("gfx") or target.shared < 100 << 10 else 3
+    return 2 if _is_small(target) else 3
 
 
 def _config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: int) -> configs.Config:
@@ -407,7 +412,7 @@ def _narrow(columns: int) -> int:
 def _conv_default(target: configs.Target, key: configs.Key) -> configs.Config:
     problem = Problem(*key)  # type: ignore[arg-type]
     warps = 8 if target.arch == "sm_100" and not problem.exact else 4
-    small = problem.exact or problem.dtype == "float32" if target.arch == "sm_100" else problem.exact
+    small = problem.exact or _is_small(target) or (target.arch == "sm_100" and problem.dtype == "float32")
     BM = 64 if small or (warps == 4 and _heavy(problem)) else 128
     BN = _narrow(problem.columns)
     while BM > 32 and ceil_div(problem.rows, BM) * ceil_div(problem.columns, BN) < target.multiprocessors:
@@ -420,7 +425,7 @@ def _conv_candidates(target: configs.Target, key: configs.Key) -> Iterator[confi
     tiles: tuple[tuple[int, int, int], ...] = EXACT_TILES if problem.exact else CONV_TILES
     if target.arch == "sm_100" and not problem.exact:
         tiles = BLACKWELL_TILES[problem.dtype == "float32" :]
-    elif _heavy(problem) and (problem.wide or target.arch != "sm_90"):
+    elif _is_small(target) or (_heavy(problem) and (problem.wide or target.arch != "sm_90")):
         tiles = tuple(tile for tile in tiles if tile[0] * tile[1] // tile[2] <= 1024)
     elif problem.taps == 1 and not problem.exact and target.arch == "sm_90":
         tiles = (*tiles, *POINTWISE_TILES)
