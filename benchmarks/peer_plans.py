@@ -1,4 +1,4 @@
-"""Ours trained in other ways than the plans choose: what they are measured against. Training."""
+"""Ours in other ways than a model runs by itself: trained by other plans, and frozen for inference."""
 
 from __future__ import annotations
 
@@ -44,3 +44,9 @@ def gram(job: Job) -> Entry:
 @rival("ours: prologue", "ours, Gram form and convs that read raw outputs through BN and ReLU")
 def prologue(job: Job) -> Entry:
     return _planned(job, "balanced", gram=True, prologue=True)
+
+
+@rival("ours: frozen", "ours, frozen: no look-ups between the convs")
+def frozen(job: Job) -> Entry:
+    job.only(mode="infer")
+    return Entry(fused_resnet.freeze(job.fused()), True)
