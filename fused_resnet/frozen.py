@@ -154,6 +154,20 @@ def _sum(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return cast("tuple[fx.Node, fx.Node]", node.args)
 
 
+def _joined(node: fx.Node, conv: fx.Node, order: dict[fx.Node, int], modules: dict[str, nn.Module]) -> fx.Node | None:
+    """What a node adds to the conv's output, where this conv may take the addition in: of two convs the later."""
+    added = _sum(node)
+    if added is None or added[0] is added[1]:
+        return None
+    other = added[0] if added[1] is conv else added[1]
+    in_place = node.op == "call_method" or node.target is operator.iadd
+    if in_place and added[0] is other and any(order[user] > order[node] for user in other.users):
+        return None  # somebody reads the sum under the operand's name
+    if other.op == "call_module" and isinstance(modules[str(other.target)], (nn.Conv2d, FrozenConv)):
+        return other if order[other] < order[conv] else None
+    return other
+
+
 def _fuse(frozen: fx.GraphModule) -> list[tuple[str, str]]:
     """Replace each conv, and the addition and ReLU that alone read it, by a FrozenConv."""
     modules = dict(frozen.named_modules(remove_duplicate=False))
@@ -167,39 +181,31 @@ def _fuse(frozen: fx.GraphModule) -> list[tuple[str, str]]:
             continue
         if isinstance(conv.padding, str) or conv._forward_hooks or conv._forward_pre_hooks or len(node.args) != 1:
             continue
-        last, residual, parts = node, None, ["conv"]
-        (user,) = node.users if len(node.users) == 1 else (None,)
-        if user is not None and (added := _sum(user)) is not None:
-            other = added[0] if added[1] is node else added[1]
-            later = other is not node and _joins(other, node, order, modules)
-            relu = next(iter(user.users), None) if len(user.users) == 1 else None
-            if later and relu is not None and _is_relu(relu, modules):
-                last, residual, parts = relu, other, ["conv", "add", "relu"]
+        residual, chain, parts = None, [node], ["conv"]
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        if user is not None and (other := _joined(user, node, order, modules)) is not None:
+            relu = next(iter(user.users)) if len(user.users) == 1 else None
+            if relu is not None and _is_relu(relu, modules):
+                residual, chain, parts = other, [node, user, relu], ["conv", "add", "relu"]
         elif user is not None and _is_relu(user, modules):
-            last, parts = user, ["conv", "relu"]
+            chain, parts = [node, user], ["conv", "relu"]
+        last = chain[-1]
         overwrites = residual is not None and _only_reader(residual, last, order, modules)
         activation = "relu" if parts[-1] == "relu" else None
-        frozen.set_submodule(str(node.target), FrozenConv(conv, activation, overwrites))
-        modules[str(node.target)] = frozen.get_submodule(str(node.target))
+        target = str(node.target)
+        frozen.set_submodule(target, FrozenConv(conv, activation, overwrites))
+        modules[target] = frozen.get_submodule(target)
         with frozen.graph.inserting_after(last):
-            new = frozen.graph.call_module(str(node.target), (node.args[0], *([] if residual is None else [residual])))
+            new = frozen.graph.call_module(target, (node.args[0], *([] if residual is None else [residual])))
         order[new] = order[last]
         last.replace_all_uses_with(new)
-        for old in (last, user, node):  # from the end
-            if old is not None and not old.users and old.op != "output" and old is not new:
-                frozen.graph.erase_node(old) if old in frozen.graph.nodes else None
-        found.append((str(node.target), " + ".join(parts)))
+        for old in reversed(chain):
+            frozen.graph.erase_node(old)
+        found.append((target, " + ".join(parts)))
     frozen.graph.lint()
     frozen.delete_all_unused_submodules()
     frozen.recompile()
     return found
-
-
-def _joins(other: fx.Node, node: fx.Node, order: dict[fx.Node, int], modules: dict[str, nn.Module]) -> bool:
-    """Whether of two convs that are added this one takes the addition in: the later of them."""
-    if other.op == "call_module" and isinstance(modules[str(other.target)], (nn.Conv2d, FrozenConv)):
-        return order[other] < order[node]
-    return True
 
 
 def _only_reader(residual: fx.Node, last: fx.Node, order: dict[fx.Node, int], modules: dict[str, nn.Module]) -> bool:

@@ -112,6 +112,38 @@ def test_what_cannot_be_folded_is_named() -> None:
     ]
 
 
+class InPlace(nn.Module):
+    """Writes in place whose results nobody names, and a sum that is read under its operand's name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.kind, self.relu = kind, nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        if self.kind == "method":
+            y.relu_()
+        elif self.kind == "function":
+            torch.relu_(y)
+        elif self.kind == "module":
+            self.relu(y)
+        elif self.kind == "add_":
+            y.add_(1)
+        elif self.kind == "named twice":
+            z = y
+            y += self.other(z)
+            return torch.relu(y) + z
+        return y
+
+
+@pytest.mark.parametrize("convert", [fr.to_plain, fr.freeze])
+@pytest.mark.parametrize("kind", ["method", "function", "module", "add_", "named twice"])
+def test_writes_in_place_stay(kind: str, convert: Callable[[nn.Module], nn.Module]) -> None:
+    model = lively(InPlace(kind))
+    assert_agrees(convert(model), model, images(2, 3, 8, 8))
+
+
 def test_torchvision(torchvision: ModuleType) -> None:
     model = lively(torchvision.models.resnet34(num_classes=5))
     frozen: Any = fr.freeze(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from typing import Any
 
@@ -25,6 +26,30 @@ class PlainModel(fx.GraphModule):
                 "load it into that model, and fold again"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class _Proxy(fx.Proxy):
+    """fx.Proxy makes `y += z` a sum that leaves y as it was, which is wrong where y has another name."""
+
+    def _write(self, operation: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._write(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._write(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._write(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._write(operator.itruediv, other)
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 def to_plain(model: nn.Module) -> PlainModel:
@@ -51,10 +76,11 @@ def folded_copy(model: nn.Module) -> tuple[PlainModel, list[tuple[str, str]]]:
     """`to_plain`, and the names of the batch norms that it left as they are, each with the reason."""
     copied = restore(copy.deepcopy(model)).eval()
     try:
-        graph = fx.Tracer().trace(copied)
+        graph = _Tracer().trace(copied)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"torch.fx cannot trace {type(model).__name__}: {reason}") from error
+    graph._tracer_cls = fx.Tracer  # the pickle is to load without this package
     for node in graph.nodes:
         node.type = None  # annotations, which do not pickle
     plain = PlainModel(copied, graph, type(model).__name__)
@@ -83,7 +109,9 @@ def _fold_convs(plain: fx.GraphModule) -> list[tuple[str, str]]:
         conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
         after.replace_all_uses_with(node)
         plain.graph.erase_node(after)
-    plain.graph.eliminate_dead_code()
+    for node in reversed(plain.graph.nodes):  # of other nodes without users some write in place
+        if node.op == "get_attr" and not node.users:
+            plain.graph.erase_node(node)
     plain.delete_all_unused_submodules()
     plain.recompile()
     left = (node for node in plain.graph.nodes if node.op == "call_module")
