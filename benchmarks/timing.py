@@ -45,8 +45,12 @@ def why_unfused(job: Job) -> str:
     return "; ".join(f"{row.backend}: {row.note}" for row in rows if row.backend != "reference")
 
 
-def watched(name: str, entry: rivals.Entry, job: Job, backends: dict[str, list[str]]) -> harness.Step:
+def watched(one: Rival, job: Job, backends: dict[str, list[str]]) -> harness.Step:
     """One of ours, whose first run notes in `backends` what it really runs on, a line for each op."""
+    return _noting(title(one.name, job.model), one.prepare(job), job, backends)
+
+
+def _noting(name: str, entry: rivals.Entry, job: Job, backends: dict[str, list[str]]) -> harness.Step:
     step = entry.step(job)
 
     def run() -> Any:
@@ -92,7 +96,7 @@ def time_all(job: Job, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
         name, entry = title(one.name, job.model), one.prepare(job)
         if job.mode == "train":
             saved[name] = saved_bytes(entry, job)
-        return watched(name, entry, job, backends) if one.name in rivals.OURS else entry.step(job)
+        return _noting(name, entry, job, backends) if one.name in rivals.OURS else entry.step(job)
 
     steps: dict[str, Callable[[], harness.Step]] = {
         title(one.name, job.model): functools.partial(prepare, one) for one in everyone

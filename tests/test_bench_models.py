@@ -240,6 +240,7 @@ def test_every_rival_is_found() -> None:
         "onnxruntime",
     }
     expected |= {"openvino", "tensorrt", "attorch", "apex", "cudnn frontend", "fused_resnet", "as is"}
+    expected |= {"ours: fast", "ours: low", "ours: stored", "ours: Gram", "ours: prologue", "ours: frozen"}
     assert names == expected
 
 
