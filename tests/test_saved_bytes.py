@@ -64,7 +64,7 @@ def test_networks_keep_less(torchvision: ModuleType, fake: None, name: str, dtyp
     plain = kept(build(), dtype)
     for prologue in (False, True):
         for memory, bound in zip(("balanced", "low"), BOUNDS[name], strict=True):
-            with fr.use_plan(gram=True, prologue=prologue):
+            with fr.use_plan(gram=True, prologue=prologue, stored=True):
                 share = kept(getattr(fr, name)(memory=memory), dtype) / plain
             print(f"{name} {dtype} prologue={prologue} {memory}: {share:.3f}")
             assert share <= bound

@@ -51,8 +51,9 @@ class ResNet(FusedModule):
         residual_scale: None, or where to start each block's learnable scale: relu(scale * f(x) + shortcut).
         output_stride: 8 or 16: dilations in place of the last strides (bottlenecks alone); None or 32: none.
         memory: what training keeps for the backward pass. "fast": raw and rectified conv outputs, as torch does.
-            "balanced": raw ones, and not the wide one of a conv that `fused_resnet.plans` gives the Gram form. "low":
-            block inputs and statistics alone; the convs are computed again. The results are the same but for rounding.
+            "balanced": as "fast", but blocks that `fused_resnet.plans` runs as one op keep raw outputs alone, and not
+            the wide one of a conv in Gram form. "low": block inputs and statistics alone; the convs are computed again.
+            The results are the same but for rounding.
     """
 
     def __init__(

@@ -86,7 +86,7 @@ def test_torchvision_as_our_own(name: str, memory: str, gram: bool, torchvision:
     ran.clear()
     b = step(fused, x)
     assert ran == by_own
-    whole_ones = memory != "fast"
+    whole_ones = memory == "low" or (memory == "balanced" and gram and name != "basic")
     assert len(ran) == (len(report.blocks) if whole_ones else 0)
     assert a.keys() == b.keys()
     stem = {"conv1.weight", "bn1.weight", "bn1.bias"}  # ours pools in the same op, and rounds elsewhere
@@ -436,7 +436,7 @@ def test_copies_and_pickles(ran: list[Plan]) -> None:
 def test_fusing_again_changes_the_memory(ran: list[Plan]) -> None:
     model = Basic().double()
     x = nhwc(images(4, 6, 9, 7).double())
-    for memory, count in (("low", 1), ("fast", 1), ("balanced", 2), ("low", 3)):
+    for memory, count in (("low", 1), ("fast", 1), ("balanced", 1), ("low", 2)):
         assert len(fr.fuse(model, memory=memory).blocks) == 1
         model(x).sum().backward()
         assert len(ran) == count
