@@ -28,7 +28,7 @@ class Rules(NamedTuple):
     gram_pixels_per_channel: pixels of the batch per input channel from which a conv takes the Gram form; None: none.
     prologue: whether convs read raw outputs through BN and ReLU, see `fused_resnet.ops.prologue_block`.
     stored: whether "balanced" blocks without either are one op too, which keeps raw conv outputs alone and forms the
-        rectified ones again (on the CPU 3 to 7% slower); else they run unit by unit.
+        rectified ones again, one more pass over each; else they run unit by unit.
     """
 
     gram_pixels_per_channel: float | None = None
