@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import operator
 import threading
+from collections import Counter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from fused_resnet import dispatch, ops
 from fused_resnet.export.plain import PlainModel, folded_copy
 from fused_resnet.folding import FOLDED
+from fused_resnet.fusion.match import Matcher
 from fused_resnet.modules import Call, has_pairs, packed_call
 from fused_resnet.ops.checks import autocast_dtype, is_channels_last, is_traced
 from fused_resnet.ops.conv_bias_act import check_conv, conv_layout
@@ -28,14 +28,15 @@ class FrozenConv(nn.Module):
     Args:
         conv: an nn.Conv2d with zero padding; its parameters become this module's.
         activation: "relu" or None.
-        overwrites: nobody else reads the residual, so that the result may be written over it.
+
+    `overwrites`, False at first: nobody else reads the residual, so that the result may be written over it.
     """
 
-    def __init__(self, conv: nn.Conv2d, activation: str | None = None, overwrites: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, activation: str | None = None) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self.geometry = cast("Any", (conv.stride, conv.padding, conv.dilation, conv.groups))
-        self.activation, self.overwrites = activation, overwrites
+        self.activation, self.overwrites = activation, False
         self._packed: dict[Any, Call] = {}
         self._calls: dict[Any, Call] = {}
 
@@ -134,92 +135,38 @@ def freeze(model: nn.Module, *, engine: str | None = None) -> nn.Module:
     return frozen
 
 
-_ADDS = (operator.add, operator.iadd, torch.add)
-_FRESH = (FrozenConv, nn.MaxPool2d)  # what gives a tensor that nobody else holds
-
-
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return type(modules[str(node.target)]) is nn.ReLU
-    if node.op == "call_method":
-        return node.target in ("relu", "relu_")
-    return node.op == "call_function" and node.target in (F.relu, torch.relu, torch.relu_)
-
-
-def _sum(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two nodes that a node adds, or None."""
-    adds = (node.op == "call_function" and node.target in _ADDS) or (node.op, node.target) == ("call_method", "add_")
-    if not adds or len(node.args) != 2 or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
-        return None
-    return cast("tuple[fx.Node, fx.Node]", node.args)
-
-
-def _joined(node: fx.Node, conv: fx.Node, order: dict[fx.Node, int], modules: dict[str, nn.Module]) -> fx.Node | None:
-    """What a node adds to the conv's output, where this conv may take the addition in: of two convs the later."""
-    added = _sum(node)
-    if added is None or added[0] is added[1]:
-        return None
-    other = added[0] if added[1] is conv else added[1]
-    in_place = node.op == "call_method" or node.target is operator.iadd
-    if in_place and added[0] is other and any(order[user] > order[node] for user in other.users):
-        return None  # somebody reads the sum under the operand's name
-    if other.op == "call_module" and isinstance(modules[str(other.target)], (nn.Conv2d, FrozenConv)):
-        return other if order[other] < order[conv] else None
-    return other
-
-
 def _fuse(frozen: fx.GraphModule) -> list[tuple[str, str]]:
     """Replace each conv, and the addition and ReLU that alone read it, by a FrozenConv."""
-    modules = dict(frozen.named_modules(remove_duplicate=False))
-    order = {node: index for index, node in enumerate(frozen.graph.nodes)}
-    called = [node for node in frozen.graph.nodes if node.op == "call_module"]
+    matcher = Matcher(frozen, frozen.graph)
+    calls = Counter(matcher.module(node) for node in matcher.nodes)
+    chains = []
+    for node in matcher.nodes:
+        chain, conv = matcher.behind_conv(node), cast(nn.Conv2d, matcher.module(node))
+        if chain is not None and calls[conv] == 1 and has_pairs(conv):
+            chains.append((chain, FrozenConv(conv, "relu" if chain.relu else None)))
+            matcher.claimed.update(chain.nodes)
     found: list[tuple[str, str]] = []
-    for node in called:
-        conv = modules[str(node.target)]
-        shared = sum(modules[str(other.target)] is conv for other in called) > 1
-        if type(conv) is not nn.Conv2d or shared or conv.padding_mode != "zeros" or not has_pairs(conv):
-            continue
-        if isinstance(conv.padding, str) or conv._forward_hooks or conv._forward_pre_hooks or len(node.args) != 1:
-            continue
-        residual, chain, parts = None, [node], ["conv"]
-        user = next(iter(node.users)) if len(node.users) == 1 else None
-        if user is not None and (other := _joined(user, node, order, modules)) is not None:
-            relu = next(iter(user.users)) if len(user.users) == 1 else None
-            if relu is not None and _is_relu(relu, modules):
-                residual, chain, parts = other, [node, user, relu], ["conv", "add", "relu"]
-        elif user is not None and _is_relu(user, modules):
-            chain, parts = [node, user], ["conv", "relu"]
-        last = chain[-1]
-        overwrites = residual is not None and _only_reader(residual, last, order, modules)
-        activation = "relu" if parts[-1] == "relu" else None
-        target = str(node.target)
-        frozen.set_submodule(target, FrozenConv(conv, activation, overwrites))
-        modules[target] = frozen.get_submodule(target)
+    renamed: dict[fx.Node, fx.Node] = {}
+    for chain, module in chains:
+        target, last = str(chain.nodes[0].target), chain.nodes[-1]
+        frozen.set_submodule(target, module)
         with frozen.graph.inserting_after(last):
-            new = frozen.graph.call_module(target, (node.args[0], *([] if residual is None else [residual])))
-        order[new] = order[last]
+            reads = [renamed.get(node, node) for node in (chain.value, chain.residual) if node is not None]
+            new = frozen.graph.call_module(target, tuple(reads))
         last.replace_all_uses_with(new)
-        for old in reversed(chain):
+        renamed[last] = new
+        for old in reversed(chain.nodes):
             frozen.graph.erase_node(old)
+        parts = ("conv", *(["add"] if chain.add is not None else []), *(["relu"] if chain.relu else []))
         found.append((target, " + ".join(parts)))
+    matcher = Matcher(frozen, frozen.graph, fresh=(FrozenConv,))
+    for node in renamed.values():
+        module = cast(FrozenConv, matcher.module(node))
+        module.overwrites = len(node.args) == 2 and matcher.is_last_reader(node, cast(fx.Node, node.args[1]))
     frozen.graph.lint()
     frozen.delete_all_unused_submodules()
     frozen.recompile()
     return found
-
-
-def _only_reader(residual: fx.Node, last: fx.Node, order: dict[fx.Node, int], modules: dict[str, nn.Module]) -> bool:
-    """Whether nobody reads the residual after `last`, and no other tensor shares its memory."""
-    if residual.op != "call_module" or not isinstance(modules[str(residual.target)], _FRESH):
-        return False
-    return all(
-        order[user] <= order[last]
-        and (_sum(user) is not None or (user.op == "call_module" and isinstance(modules[str(user.target)], _READERS)))
-        for user in residual.users
-    )
-
-
-_READERS = (nn.Conv2d, *_FRESH)  # their outputs share no memory with what they read
 
 
 class OpenVINOModel(nn.Module):
@@ -251,18 +198,22 @@ class OpenVINOModel(nn.Module):
         mine: dict[Any, Any] = self._requests.__dict__.setdefault("kept", {})
         request = mine.get(key)
         if request is None:
-            request = mine[key] = self._compile(x, *key[1:]).create_infer_request()
+            request = mine[key] = self._compile(x, key).create_infer_request()
         (out,) = request.infer([x.detach().float().numpy()], share_inputs=True).values()
         return torch.from_numpy(out.copy())
 
-    def _compile(self, x: Tensor, precision: str, threads: int) -> Any:
-        key = (tuple(x.shape), precision, threads)
+    def _compile(self, x: Tensor, key: tuple[Any, ...]) -> Any:
         if key not in self._compiled:
-            ov = importlib.import_module("openvino")
-            with torch.no_grad():
-                model = ov.convert_model(self.plain.float(), example_input=x.float(), input=[list(x.shape)])
-            options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
             if len(self._compiled) >= _KEPT:
                 self._compiled = {}
-            self._compiled[key] = ov.Core().compile_model(model, "CPU", options | {"INFERENCE_NUM_THREADS": threads})
+            self._compiled[key] = compiled_by_openvino(self.plain, x, key[1])
         return self._compiled[key]
+
+
+def compiled_by_openvino(model: nn.Module, x: Tensor, precision: str) -> Any:
+    """The model compiled for inputs like x, tuned for latency, on torch's number of threads; "f32", "bf16" or "f16"."""
+    ov = importlib.import_module("openvino")
+    with torch.no_grad():
+        converted = ov.convert_model(model.float(), example_input=x.float(), input=[list(x.shape)])
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    return ov.Core().compile_model(converted, "CPU", options | {"INFERENCE_NUM_THREADS": torch.get_num_threads()})

@@ -1,6 +1,6 @@
 """How a residual block runs in training: as one op or unit by unit, and which convs take the Gram form.
 
-The Gram form of a 1x1 conv (`fused_resnet.ops.residual_block`) trades passes over its wide output for products of the
+The Gram form of a 1x1 conv (`fused_resnet.ops.block_units`) trades passes over its wide output for products of the
 size of its weight, so it pays where a batch has many pixels for each of the conv's input channels.
 """
 

@@ -130,6 +130,11 @@ class InPlace(nn.Module):
             self.relu(y)
         elif self.kind == "add_":
             y.add_(1)
+        elif self.kind == "input written":  # between a conv and the addition behind it
+            z = self.other(y)
+            w = y + 1
+            y.mul_(3)
+            return torch.relu(z + w)
         elif self.kind == "named twice":
             z = y
             y += self.other(z)
@@ -138,7 +143,7 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize("convert", [fr.to_plain, fr.freeze])
-@pytest.mark.parametrize("kind", ["method", "function", "module", "add_", "named twice"])
+@pytest.mark.parametrize("kind", ["method", "function", "module", "add_", "input written", "named twice"])
 def test_writes_in_place_stay(kind: str, convert: Callable[[nn.Module], nn.Module]) -> None:
     model = lively(InPlace(kind))
     assert_agrees(convert(model), model, images(2, 3, 8, 8))

@@ -85,10 +85,11 @@ def norm_reason(norm: nn.Module) -> str | None:
 
 
 class Matcher:
-    """Finds the chains of one graph. Nothing is changed."""
+    """Finds the chains of one graph. Nothing is changed. `fresh`: more modules whose output is memory of its own."""
 
-    def __init__(self, scope: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, scope: nn.Module, graph: fx.Graph, fresh: tuple[type[nn.Module], ...] = ()) -> None:
         self.scope = scope
+        self.fresh = _FRESH_MODULES + fresh
         self.nodes = list(graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.claimed: set[fx.Node] = set()
@@ -127,6 +128,29 @@ class Matcher:
                 chains.append(chain)
                 self.claimed.update(chain.nodes)
         return Matched(sorted(chains, key=lambda c: self.position[c.nodes[-1]]), skipped)
+
+    def behind_conv(self, conv: fx.Node) -> Chain | None:
+        """The longest chain of a conv with the ReLU, or the addition and ReLU, behind it; None for what is no conv."""
+        if not self._is_conv(conv):
+            return None
+        ends: list[tuple[tuple[fx.Node, ...], fx.Node | None, fx.Node | None]] = []
+        user = self._sole_user(conv)
+        if user is not None and self._is_relu(user):
+            ends.append(((user,), None, None))
+        elif user is not None and (residual := self._added(user, conv)) is not None:
+            relu = self._sole_user(user)
+            if relu is not None and self._is_relu(relu):
+                ends.append(((user, relu), residual, user))
+        for nodes, residual, add in ends:
+            chain = Chain((conv, *nodes), conv.args[0], residual, conv, None, add, True)  # type: ignore[arg-type]
+            if self.hazard(chain) is None:
+                return chain
+        return Chain((conv,), conv.args[0], None, conv, None, None, False)  # type: ignore[arg-type]
+
+    def is_last_reader(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether a value surely has memory of its own, which nothing behind a node reads."""
+        users = {user for alias in self._aliases(value) for user in alias.users}
+        return self._is_fresh(value) and all(self.position[user] <= self.position[node] for user in users)
 
     # chains
 
@@ -319,7 +343,7 @@ class Matcher:
     def _is_fresh(self, node: fx.Node) -> bool:
         """Whether the value surely has memory of its own."""
         if node.op == "call_module":
-            return type(self.module(node)) in _FRESH_MODULES
+            return type(self.module(node)) in self.fresh
         return node.op == "call_function" and node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
 
     def _writes(self, node: fx.Node) -> list[fx.Node]:
@@ -327,7 +351,7 @@ class Matcher:
         inputs = node.all_input_nodes
         if node.op == "call_module":
             module = self.module(node)
-            if type(module) in _FRESH_MODULES or type(module) is nn.Identity:
+            if type(module) in self.fresh or type(module) is nn.Identity:
                 return []
             if module is None:
                 return inputs
