@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 import fused_resnet as fr
 
 from . import harness
+from .saved import saved_by
 from .worker import Memory
 
 MEMORY = ("balanced", "low")
@@ -59,23 +60,6 @@ def calls(model: nn.Module, x: Tensor) -> tuple[Counter[str], Counter[str]]:
     with Calls() as backward:
         loss.backward()
     return forward.counts, backward.counts
-
-
-def kept(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd holds after the forward pass, parameters apart; gradients are there afterwards."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model.train()(x).square().mean()
-    loss.backward()
-    return sum(held.values())
 
 
 def peak(run: Callable[[], None], device: torch.device) -> int:
@@ -138,7 +122,7 @@ def measure(models: dict[str, nn.Module], x: Tensor, rounds: int) -> list[str]:
                 f"{ms:.0f} ({low:.0f} to {high:.0f})",
                 f"{1e3 * ms / layers:.0f}",
                 "{:.2f} ({:.2f} to {:.2f})".format(*ratio),
-                f"{kept(model, x) / 2**20:.0f}",
+                f"{saved_by(model.train(), x) / 2**20:.0f}",
                 f"{peak(step(model, x), x.device) / 2**20:.0f}",
             )
         )

@@ -16,6 +16,7 @@ from fused_resnet.parity import relative_error
 
 from . import harness, rivals
 from .rivals import Job, Rival, title
+from .saved import saved_bytes
 
 
 @contextlib.contextmanager
@@ -68,22 +69,13 @@ def _noting(name: str, entry: rivals.Entry, job: Job, backends: dict[str, list[s
     return run
 
 
-def saved_bytes(entry: rivals.Entry, job: Job) -> int | None:
-    """Bytes of the distinct storages that autograd saves in a forward pass, parameters and buffers aside; None for what
-    is not made of modules alone."""
+def saved_by_forward(entry: rivals.Entry, job: Job) -> int | None:
+    """What autograd saves in a forward pass; None for what is not made of modules alone."""
     if entry.model is None or hasattr(entry.net, "_orig_mod"):  # compiled
         return None
-    own = {t.untyped_storage().data_ptr() for t in (*entry.model.parameters(), *entry.model.buffers())}
-    found: dict[int, torch.Tensor] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        found[t.untyped_storage().data_ptr()] = t  # kept, so that no address is given out twice
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), job.autocast():
-        out = entry.net(entry.images(job.x))
-    del out
-    return sum(t.untyped_storage().nbytes() for address, t in found.items() if address not in own)
+    x = entry.images(job.x)
+    with job.autocast():
+        return saved_bytes(lambda: entry.net(x), (*entry.model.parameters(), *entry.model.buffers()))
 
 
 def time_all(job: Job, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
@@ -95,7 +87,7 @@ def time_all(job: Job, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
     def prepare(one: Rival) -> harness.Step:
         name, entry = title(one.name, job.model), one.prepare(job)
         if job.mode == "train":
-            saved[name] = saved_bytes(entry, job)
+            saved[name] = saved_by_forward(entry, job)
         return _noting(name, entry, job, backends) if one.name in rivals.OURS else entry.step(job)
 
     steps: dict[str, Callable[[], harness.Step]] = {

@@ -46,12 +46,12 @@ class RequestError(Exception):
 
 
 def load_benchmarks(name: str) -> Any:
-    """A module of `fused_resnet.benchmarks`: installed, or (from a source tree) the folder beside the package."""
-    package = "fused_resnet.benchmarks"
-    if package not in sys.modules and importlib.util.find_spec(package) is None:
-        init = PACKAGE.parent / "benchmarks" / "__init__.py"
+    """A module of `fused_resnet.benchmarks`: the folder beside the package in a source tree, or what is installed."""
+    package, init = "fused_resnet.benchmarks", PACKAGE.parent / "benchmarks" / "__init__.py"
+    source = init.is_file() and (PACKAGE.parent / "csrc").is_dir()
+    if package not in sys.modules and (source or importlib.util.find_spec(package) is None):
         spec = importlib.util.spec_from_file_location(package, init, submodule_search_locations=[str(init.parent)])
-        if spec is None or spec.loader is None or not init.is_file():
+        if spec is None or spec.loader is None or not source:
             raise RequestError(f"the benchmarks are neither installed nor at {init.parent}")
         sys.modules[package] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -21,7 +21,11 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet import dispatch
+from fused_resnet.blocks import ResidualBlock
 from fused_resnet.inference import InferencePlan
+from fused_resnet.ops.residual_block import Plan
+from fused_resnet.parity import compare
+from fused_resnet.whole import Part, run_whole
 
 # name -> (block, layers, options): four blocks hold all that a deep one does, in a fraction of the time.
 SMALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -163,6 +167,40 @@ TRAINING = {
 }
 GIVEN = {"bn_act_eval_forward": 1, "conv_bias_act_forward": 1, "bn_act_pool_eval_forward": 1}
 INFERENCE = {"conv_bias_act_forward": 1, "conv_bn_act_forward": 1}
+
+
+# Blocks
+
+
+def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+def run_block(block: ResidualBlock, x: Tensor, plan: Plan) -> Tensor:
+    """The block as one op, by a plan."""
+    row = [Part(getattr(block, conv), getattr(block, bn)) for conv, bn in block._UNITS]
+    return run_whole(x, row, None if block.downsample is None else Part(*block.downsample), plan)
+
+
+def block_step(block: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The output, every gradient and the running statistics of one step with a random gradient."""
+    x = x.clone().requires_grad_()
+    out = forward(x)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out))
+    named = {"out": out.detach(), "x": x.grad}
+    named |= {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+    return named | {name: b.detach() for name, b in block.named_buffers() if "num_batches" not in name}
+
+
+def assert_block_within_budget(block: ResidualBlock, x: Tensor, plan: Plan) -> None:
+    """At least as accurate as torch's modules in the same dtype, both against float64."""
+    plain, exact = fr.restore(copy.deepcopy(block)), fr.restore(copy.deepcopy(block)).double()
+    ours = block_step(block, x, lambda x: run_block(block, x, plan))
+    theirs, truth = block_step(plain, x, plain), block_step(exact, x.double(), exact)
+    worst = max(compare(key, theirs[key], theirs[key], truth[key]).torch for key in truth)
+    for key in truth:
+        row = compare(key, ours[key], theirs[key], truth[key], granted=worst)
+        assert row.ok, row
 
 
 def units_run(ran: Mapping[str, int], weights: Mapping[str, int]) -> int:

@@ -234,6 +234,50 @@ def test_broken_running_statistics_are_found(monkeypatch: pytest.MonkeyPatch, wh
         fr.verify(net(), images(4, 3, 20, 20), train=True)
 
 
+@needs_cpp
+@pytest.mark.parametrize("size", [1e-8, 1e-4])
+def test_a_mean_that_is_0_but_for_rounding(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    """Behind a conv of what is centred: rounding passes, and what matters beside the deviation does not."""
+    model = nn.Sequential(nn.BatchNorm2d(8), fr.ConvBNAct(8, 8, 1))
+    good = cpp.bn_act_train_forward
+
+    def off(x: Tensor, gamma: Any, beta: Any, mean: Tensor, *args: Any) -> Any:
+        result = good(x, gamma, beta, mean, *args)
+        mean += size * torch.randn(8)
+        return result
+
+    monkeypatch.setattr(cpp, "bn_act_train_forward", off)
+    if size < 1e-7:
+        assert fr.verify(model, images(4, 8, 9, 9), train=True).ok
+    else:
+        with pytest.raises(fr.ParityError, match="running_mean"):
+            fr.verify(model, images(4, 8, 9, 9), train=True)
+
+
+@needs_cpp
+@pytest.mark.parametrize("wrong", [1, 3, 4])
+def test_a_relu_near_0_is_no_failure(monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
+    """A gradient may be off at three of four inputs; one that is off at each of them is wrong."""
+    model, x = nn.Sequential(fr.ConvBNAct(3, 8), fr.ConvBNAct(8, 8)), images(4, 3, 20, 20)
+    runs: list[int] = []
+    good = parity._compared
+
+    def compared(*args: Any) -> parity.Report:
+        runs.append(0)
+        with monkeypatch.context() as patch:
+            if len(runs) <= wrong:
+                broken(patch, cpp, "bn_act_backward", scaled(0))
+            return good(*args)
+
+    monkeypatch.setattr(parity, "_compared", compared)
+    if wrong < 4:
+        assert fr.verify(model, x, train=True).ok
+    else:
+        with pytest.raises(fr.ParityError, match="gradient"):
+            fr.verify(model, x, train=True)
+    assert len(runs) == min(wrong + 1, 4)
+
+
 def test_broken_counter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_resnet import batchnorm
 

@@ -8,26 +8,25 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from networks import assert_block_within_budget, block_step, projection, run_block
 from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.blocks import ResidualBlock
+from fused_resnet.cli import load_benchmarks
 from fused_resnet.ops import residual_block as rb
-from fused_resnet.parity import compare
+
+saved_bytes = load_benchmarks("saved").saved_bytes
 
 BLOCKS: dict[str, Callable[[], tuple[ResidualBlock, int]]] = {
     "basic": lambda: (fr.BasicBlock(6, 6), 6),
-    "basic, projection": lambda: (fr.BasicBlock(5, 6, 2, _projection(5, 6, 2)), 5),
+    "basic, projection": lambda: (fr.BasicBlock(5, 6, 2, projection(5, 6, 2)), 5),
     "bottleneck": lambda: (fr.Bottleneck(12, 3), 12),
-    "bottleneck, projection": lambda: (fr.Bottleneck(5, 3, 1, _projection(5, 12, 1)), 5),
-    "bottleneck, stride 2": lambda: (fr.Bottleneck(6, 3, 2, _projection(6, 12, 2)), 6),
+    "bottleneck, projection": lambda: (fr.Bottleneck(5, 3, 1, projection(5, 12, 1)), 5),
+    "bottleneck, stride 2": lambda: (fr.Bottleneck(6, 3, 2, projection(6, 12, 2)), 6),
     "bottleneck, groups": lambda: (fr.Bottleneck(16, 4, groups=2, base_width=64), 16),
     "bottleneck, dilation": lambda: (fr.Bottleneck(12, 3, dilation=2), 12),
 }
-
-
-def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
 def _randomise(block: nn.Module) -> None:
@@ -39,39 +38,6 @@ def _randomise(block: nn.Module) -> None:
             if module.running_mean is not None:
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
-
-
-def _unit(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> rb.Unit:
-    return rb.Unit(
-        conv.weight,
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        bn.momentum,
-        bn.eps,
-        bn.training,
-    )
-
-
-def _run(block: ResidualBlock, x: Tensor, plan: rb.Plan) -> Tensor:
-    units = tuple(_unit(getattr(block, conv), getattr(block, bn)) for conv, bn in block._UNITS)
-    projection = None if block.downsample is None else _unit(*block.downsample)
-    return rb.residual_block(x, units, projection, plan)
-
-
-def _results(block: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    x = x.clone().requires_grad_()
-    out = forward(x)
-    generator = torch.Generator().manual_seed(1)
-    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out))
-    named = {"out": out.detach(), "x": x.grad}
-    named |= {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
-    return named | {name: b.detach() for name, b in block.named_buffers() if "num_batches" not in name}
 
 
 PLANS = [
@@ -91,8 +57,8 @@ def test_float64_formulas(name: str, training: bool, plan: rb.Plan) -> None:
     block.double().train(training)
     plain = fr.restore(copy.deepcopy(block))
     x = torch.randn(3, channels, 7, 9, dtype=torch.float64).to(memory_format=torch.channels_last)
-    ours = _results(block, x, lambda x: _run(block, x, plan))
-    theirs = _results(plain, x, plain)
+    ours = block_step(block, x, lambda x: run_block(block, x, plan))
+    theirs = block_step(plain, x, plain)
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
@@ -101,48 +67,26 @@ def test_float64_formulas(name: str, training: bool, plan: rb.Plan) -> None:
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_budget(dtype: torch.dtype, plan: rb.Plan) -> None:
-    block = fr.Bottleneck(24, 8, 2, _projection(24, 32, 2))
+    block = fr.Bottleneck(24, 8, 2, projection(24, 32, 2))
     _randomise(block)
     x = torch.randn(4, 24, 14, 14).to(dtype).to(memory_format=torch.channels_last)
     block.to(dtype)
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.float()
-    plain, exact = fr.restore(copy.deepcopy(block)), fr.restore(copy.deepcopy(block)).double()
-    ours = _results(block, x, lambda x: _run(block, x, plan))
-    theirs, truth = _results(plain, x, plain), _results(exact, x.double(), exact)
-    worst = max(compare(key, theirs[key], theirs[key], truth[key]).torch for key in truth)
-    for key in truth:
-        row = compare(key, ours[key], theirs[key], truth[key], granted=worst)
-        assert row.ok, row
+    assert_block_within_budget(block, x, plan)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_gradcheck(plan: rb.Plan) -> None:
-    block = fr.Bottleneck(4, 2, 2, _projection(4, 8, 2)).double()
+    block = fr.Bottleneck(4, 2, 2, projection(4, 8, 2)).double()
     _randomise(block)
     x = torch.randn(2, 4, 5, 4, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
     parameters = tuple(block.parameters())
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean = module.running_var = None  # gradcheck calls often; a function has no state
-    assert torch.autograd.gradcheck(lambda x, *_: _run(block, x, plan), (x, *parameters))
-
-
-def _saved_bytes(run: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    storages: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run()
-    assert out.requires_grad  # and alive until here, so that no address is counted for two tensors
-    return sum(storages.values())
+    assert torch.autograd.gradcheck(lambda x, *_: run_block(block, x, plan), (x, *parameters))
 
 
 def test_what_is_kept() -> None:
@@ -152,7 +96,7 @@ def test_what_is_kept() -> None:
     wide, narrow = x.numel() * 4, x.numel()
 
     def kept(plan: rb.Plan) -> float:
-        return _saved_bytes(lambda: _run(block, x, plan), list(block.parameters()))
+        return saved_bytes(lambda: run_block(block, x, plan), block.parameters())
 
     small = 0.02 * wide
     assert kept(rb.Plan(True, True)) == pytest.approx(2 * wide + 2 * narrow, abs=small)
@@ -186,13 +130,7 @@ def _hard_gram_case(kind: str) -> tuple[fr.Bottleneck, Tensor]:
 def test_hard_statistics(kind: str) -> None:
     """Where second moments cancel, the plan must fall back to stored outputs rather than lose digits."""
     block, x = _hard_gram_case(kind)
-    plain, exact = fr.restore(copy.deepcopy(block)), fr.restore(copy.deepcopy(block)).double()
-    ours = _results(block, x, lambda x: _run(block, x, rb.Plan(True, True)))
-    theirs, truth = _results(plain, x, plain), _results(exact, x.double(), exact)
-    worst = max(compare(key, theirs[key], theirs[key], truth[key]).torch for key in truth)
-    for key in truth:
-        row = compare(key, ours[key], theirs[key], truth[key], granted=worst)
-        assert row.ok, row
+    assert_block_within_budget(block, x, rb.Plan(True, True))
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -200,15 +138,17 @@ def test_nan_is_not_hidden(plan: rb.Plan) -> None:
     block = fr.Bottleneck(32, 8)
     x = torch.randn(2, 32, 5, 5).to(memory_format=torch.channels_last)
     x[0, 3, 2, 2] = float("nan")
-    assert _run(block, x, plan).isnan().all()
+    assert run_block(block, x, plan).isnan().all()
 
 
 def test_deterministic_and_differentiable_once() -> None:
     block = fr.Bottleneck(32, 8)
     x = torch.randn(4, 32, 9, 9).to(memory_format=torch.channels_last).requires_grad_()
-    first, second = (_results(copy.deepcopy(block), x.detach(), lambda x: _run(block, x, PLANS[0])) for _ in range(2))
+    first, second = (
+        block_step(copy.deepcopy(block), x.detach(), lambda x: run_block(block, x, PLANS[0])) for _ in range(2)
+    )
     assert torch.equal(first["out"], second["out"])
     assert torch.equal(first["x"], second["x"])
-    (grad,) = torch.autograd.grad(_run(block, x, PLANS[0]).square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(run_block(block, x, PLANS[0]).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

@@ -7,12 +7,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fused_resnet as fr
 from fused_resnet import modules
+from fused_resnet.cli import load_benchmarks
 from fused_resnet.ops import checks
+
+saved_by = load_benchmarks("saved").saved_by
 
 BATCH, SIZE = 256, 224
 # "balanced" where each conv takes the form that keeps least, and "low"
@@ -26,25 +29,15 @@ BOUNDS = {
 
 
 def kept(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the distinct storages that autograd saves, without parameters and buffers."""
+    """Bytes that a forward pass saves for the backward pass, weights in `dtype`."""
     for module in model.train().modules():
         if isinstance(module, nn.Conv2d):
             weight = module.weight.detach().to(dtype, memory_format=torch.channels_last)
             module.weight = nn.Parameter(weight)  # `to` fails on fake parameters
         elif isinstance(module, nn.Linear):
             module.weight, module.bias = (nn.Parameter(p.detach().to(dtype)) for p in (module.weight, module.bias))
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        found[t.untyped_storage()._cdata] = t
-        return t
-
     x = torch.empty((BATCH, 3, SIZE, SIZE), dtype=dtype, device="cpu").to(memory_format=torch.channels_last)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(x)
-    assert out.requires_grad
-    return sum(t.untyped_storage().nbytes() for storage, t in found.items() if storage not in own)
+    return saved_by(model, x)
 
 
 @pytest.fixture

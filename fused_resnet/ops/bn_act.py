@@ -88,7 +88,7 @@ def bn_act(
         check_shape("bn_act", "residual", residual, x.shape)
     if training:
         check_momentum("bn_act", momentum, x)
-        check_batch_statistics(x, eps)
+        check_batch_statistics(x.shape, eps)
     elif running_mean is None or running_var is None:
         raise ValueError("bn_act: without training, running_mean and running_var are needed, got None")
 

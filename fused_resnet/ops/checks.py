@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,10 +63,11 @@ def check_momentum(op: str, momentum: Any, x: Tensor) -> None:
         raise TypeError(f"{op}: momentum must be a float or a 0-d tensor, got {type(momentum).__name__}")
 
 
-def check_batch_statistics(x: Tensor, eps: float, merged: bool = False) -> None:
-    """x can be normalised with its own statistics, or with those `merged` over processes. In torch's own sentences."""
-    if not merged and x.shape[0] * math.prod(x.shape[2:]) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+def check_batch_statistics(shape: Sequence[int], eps: float, merged: bool = False) -> None:
+    """A tensor of the shape can be normalised with its own statistics, or with those `merged` over processes. In
+    torch's own sentences."""
+    if not merged and shape[0] * math.prod(shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
 

@@ -46,7 +46,7 @@ def _conv(x: Tensor, bn: Any, unit: Unit, backend: str) -> State:
     """The raw output of a unit, and the statistics that its BN takes of it or is given."""
     if unit.training:
         shape = conv_output_shape(x, unit.weight, unit.stride, unit.padding, unit.dilation)
-        check_batch_statistics(x.new_empty(shape, device="meta"), unit.eps, False)
+        check_batch_statistics(shape, unit.eps)
     running = (unit.running_mean, unit.running_var, unit.momentum)
     args = (bn, unit.weight, *unit.geometry[:3], unit.training, *running)
     y, mean, var = dispatch.call("prologue_conv_forward", x, *args, backend=backend)
@@ -67,7 +67,7 @@ def _gram(x: Tensor, bn: Any, unit: Unit, backend: str) -> State | None:
     if not unit.training:
         return given_state(unit)
     n, _, h, w = conv_output_shape(x, unit.weight, unit.stride, unit.padding, unit.dilation)
-    check_batch_statistics(x.new_empty((n, x.shape[1], h, w), device="meta"), unit.eps, False)
+    check_batch_statistics((n, x.shape[1], h, w), unit.eps)
     mu, moments = dispatch.call("prologue_moments", x, bn, unit.stride, backend=backend)
     return gram_state(unit, mu, moments, n * h * w)
 

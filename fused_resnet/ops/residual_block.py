@@ -86,7 +86,7 @@ def _normalised(
 ) -> tuple[Tensor, State]:
     """act(bn(y) + residual), the statistics taken from y or given."""
     if unit.training:
-        check_batch_statistics(y, unit.eps, unit.group is not None)
+        check_batch_statistics(y.shape, unit.eps, unit.group is not None)
         running = (unit.running_mean, unit.running_var)
         args = (unit.gamma, unit.beta, *running, residual, unit.momentum, unit.eps, activation)
         if unit.group is None:
@@ -116,7 +116,7 @@ def _gram_forward(
     if not unit.training:
         state = given_state(unit)
     else:
-        check_batch_statistics(a, unit.eps, unit.group is not None)
+        check_batch_statistics(a.shape, unit.eps, unit.group is not None)
         rows = _rows(a)
         mu, moments = dispatch.call("second_moments", rows, backend=backend)
         found = gram_state(unit, mu, moments, rows.shape[0])

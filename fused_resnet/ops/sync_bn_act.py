@@ -66,7 +66,7 @@ def sync_bn_act(
     vectors = (("gamma", gamma), ("beta", beta), ("running_mean", running_mean), ("running_var", running_var))
     check_channels("sync_bn_act", x, x.shape[1], vectors)
     check_momentum("sync_bn_act", momentum, x)
-    check_batch_statistics(x, eps, merged=True)
+    check_batch_statistics(x.shape, eps, merged=True)
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("sync_bn_act: torch.distributed is not initialised: call init_process_group, or use bn_act")
     running = (running_mean, running_var)

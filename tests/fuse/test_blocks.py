@@ -19,10 +19,12 @@ from torch.nn.utils import prune
 
 import fused_resnet as fr
 from fused_resnet import plans, whole
+from fused_resnet.cli import load_benchmarks
 from fused_resnet.convert import unfused_units
 from fused_resnet.ops.residual_block import Plan
 from fused_resnet.parity import compare
 
+saved_by = load_benchmarks("saved").saved_by
 pytestmark = needs_cpp  # without it torch's own batch norm runs, and no block is one op
 
 
@@ -51,23 +53,6 @@ def nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """What a forward pass keeps for the backward pass, parameters and buffers aside."""
-    storages: dict[int, int] = {}
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(x)
-    assert out.requires_grad  # and alive until here, so that no address is counted for two tensors
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("memory", ["balanced", "low", "fast"])
 @pytest.mark.parametrize("name", SMALL)
 def test_torchvision_as_our_own(name: str, memory: str, gram: bool, torchvision: ModuleType, ran: list[Plan]) -> None:
@@ -94,11 +79,11 @@ def test_torchvision_as_our_own(name: str, memory: str, gram: bool, torchvision:
         if key.removeprefix("gradient ") not in stem and key != "gradient input":
             assert torch.equal(b[key], value), key
     kept = [
-        saved_bytes(stage, nhwc(images(4, stage[0].conv1.in_channels, 16, 16))) for stage in (own.layer1, fused.layer1)
+        saved_by(stage, nhwc(images(4, stage[0].conv1.in_channels, 16, 16))) for stage in (own.layer1, fused.layer1)
     ]
     assert kept[0] == kept[1]
     if whole_ones:
-        assert kept[1] < saved_bytes(plain.layer1, nhwc(images(4, plain.layer1[0].conv1.in_channels, 16, 16)))
+        assert kept[1] < saved_by(plain.layer1, nhwc(images(4, plain.layer1[0].conv1.in_channels, 16, 16)))
     fr.restore(fused)
     ran.clear()
     step(fused, x)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from aot import Case
-from aot_conv import ieee
+from aot_conv import ieee, wide
 from torch import Tensor
 
 from fused_resnet.backends.triton import configs, conv, prologue
@@ -60,12 +60,11 @@ def call(what: str, layer: str, dtype: torch.dtype, batch: int = BATCH) -> Calla
         if name == "products":
             return prologue.prologue_products(g, x, inner, (stride,) * 2)
         if name == "end":
-            return prologue.prologue_end_forward(
-                x, inner, weight, None, None, torch.empty(K), y, (stride,) * 2, (1, 1), "relu"
-            )
-        if name == "end, projected":
-            x2 = images(dtype, batch, 2 * C, 2 * out, 2 * out)
-            args = (x2, images(dtype, K, 2 * C, 1, 1), torch.empty(K), None, (1, 1), (2, 2), "relu")
+            x2, weight2, residual = None, None, y
+            if "projected" in what:
+                x2, weight2 = images(dtype, batch, 2 * C, 2 * out, 2 * out), images(dtype, K, 2 * C, 1, 1)
+                residual = None
+            args = (x2, weight2, torch.empty(K), residual, (stride,) * 2, (2, 2), "relu")
             return prologue.prologue_end_forward(x, inner, weight, *args)
         square = torch.empty((C, C), dtype=dtype)
         scaled = torch.empty((K, C), dtype=dtype)
@@ -77,7 +76,7 @@ def call(what: str, layer: str, dtype: torch.dtype, batch: int = BATCH) -> Calla
 def _case(what: str, layer: str, dtype: torch.dtype, suffix: str = "", exact: bool = False, **options: Any) -> Case:
     run = call(what, layer, dtype)
     name = f"{what} {layer} {dtype}".replace("torch.", "") + suffix
-    dots = () if exact else (CONV, PRODUCTS) if what.split(",")[0] not in ("moments",) or dtype != torch.float32 else ()
+    dots = () if exact else (CONV, PRODUCTS)
     return Case(name, ieee(run) if exact else run, dot=dots, only=(CONV, PRODUCTS), **options)
 
 
@@ -104,6 +103,7 @@ def cases(full: bool) -> Iterator[Case]:
         ("grad_weight", "3x3-wide"),
         ("grad_weight, first", "1x1-narrow"),
         ("end", "1x1-widen"),
+        ("end, projected", "1x1-widen"),
         ("products", "1x1-widen"),
         ("products, first", "1x1-projection"),
         ("end_backward, first", "1x1-projection"),
@@ -132,16 +132,3 @@ def cases(full: bool) -> Iterator[Case]:
         key = prologue.Problem("bfloat16", "ieee", gradient, taps * taps, columns, inner, rows, False)
         for index, config in enumerate(configs.candidates(kernel, key, configs.target(torch.empty(0)))):
             yield _case(what, layer, torch.bfloat16, f" {index}", configs={kernel: config})
-
-
-def wide(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same call with 64-bit offsets."""
-
-    def widened() -> Any:
-        before, conv.WIDE_FROM = conv.WIDE_FROM, 0
-        try:
-            return run()
-        finally:
-            conv.WIDE_FROM = before
-
-    return widened

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from harness import DTYPES, assert_close, assert_guards, guarded, like, track
+from networks import assert_block_within_budget, projection
 from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.backends import reference, selfcheck
 from fused_resnet.backends import triton as backend
 from fused_resnet.backends.triton import configs, prologue
-from fused_resnet.ops.residual_block import Plan, Unit, residual_block
-from fused_resnet.parity import compare
+from fused_resnet.ops.residual_block import Plan
 
 EPS = 1e-3
 # (N, C, H, W), K, kernel size, stride, padding, dilation
@@ -238,9 +238,6 @@ def test_the_self_check_passes_and_can_fail(monkeypatch):
 
 
 def _block(kind: str) -> tuple[fr.blocks.ResidualBlock, int]:
-    def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
     blocks = {
         "basic": lambda: (fr.BasicBlock(24, 24), 24),
         "basic, stride 2": lambda: (fr.BasicBlock(20, 24, 2, projection(20, 24, 2)), 20),
@@ -248,21 +245,6 @@ def _block(kind: str) -> tuple[fr.blocks.ResidualBlock, int]:
         "bottleneck, stride 2": lambda: (fr.Bottleneck(24, 16, 2, projection(24, 64, 2)), 24),
     }
     return blocks[kind]()
-
-
-def _unit(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Unit:
-    vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return Unit(conv.weight, *vectors, *geometry, bn.momentum, bn.eps, bn.training)
-
-
-def _results(block: nn.Module, x: Tensor, forward: Any) -> dict[str, Tensor]:
-    x = x.clone().requires_grad_()
-    out = forward(x)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out))
-    found = {"out": out.detach(), "x": x.grad}
-    found |= {name: p.grad for name, p in block.named_parameters()}
-    return found | {name: b.detach() for name, b in block.named_buffers() if "num_batches" not in name}
 
 
 PLANS = (Plan(True, True, "balanced", True), Plan(False, False, "low", True))
@@ -286,13 +268,5 @@ def test_blocks(kind, training, dtype, plan):
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.float()
-    plain, exact = fr.restore(copy.deepcopy(block)), fr.restore(copy.deepcopy(block)).double()
-    units = tuple(_unit(getattr(block, conv), getattr(block, bn)) for conv, bn in block._UNITS)
-    projection = None if block.downsample is None else _unit(*block.downsample)
     with fr.use_backend("triton"):
-        ours = _results(block, x, lambda x: residual_block(x, units, projection, plan))
-    theirs, truth = _results(plain, x, plain), _results(exact, x.double(), exact)
-    worst = max(compare(key, theirs[key], theirs[key], truth[key]).torch for key in truth)
-    for key in truth:
-        row = compare(key, ours[key], theirs[key], truth[key], granted=worst)
-        assert row.ok, row
+        assert_block_within_budget(block, x, plan)
