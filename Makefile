@@ -65,8 +65,8 @@ test-install: $(STAMPS)/test ## installs in fresh environments, each another way
 test-abi: $(STAMPS)/test wheel ## the wheel under other versions of torch, no compiler at hand
 	$(BIN)/python -m pytest --noconftest -o addopts= -v -s tests/install/test_abi.py $(PYTEST_ARGS)
 
-cuda-check: export FUSED_RESNET_CUDA = 1
-cuda-check: $(STAMPS)/peers wheel ## the CUDA kernels for all architectures, under other versions of torch; no GPU needed
+cuda-check: $(STAMPS)/peers ## the CUDA kernels, CUTLASS's too, for all architectures, under other torches; no GPU needed
+	FUSED_RESNET_CUDA=1 FUSED_RESNET_CUTLASS=1 $(MAKE) wheel
 	$(BIN)/python -m pytest --noconftest -o addopts= -v -s tests/install/check_cuda.py tests/install/test_abi.py $(PYTEST_ARGS)
 
 test-export: $(STAMPS)/peers $(STAMPS)/extension ## every network of the family through ONNX Runtime and .pt2, fp32 and fp16
@@ -118,7 +118,8 @@ $(STAMPS)/rivals: $(STAMPS)/bench
 	@$(INSTALL) $(CONSTRAINTS) --no-build-isolation --editable ".[peers]" || echo "some rivals cannot be installed here"
 	@touch $@
 
-# For tests, what goes with this torch but may not choose another: torchvision (0.28 with 2.13), triton where it has none, ONNX.
+# For tests, what goes with this torch but may not choose another: torchvision (0.28 with 2.13), triton where it has none, ONNX;
+# and CUTLASS's headers.
 $(STAMPS)/peers: $(STAMPS)/test
 	@echo "$(VENV): torchvision, triton and ONNX Runtime"
 	@$(INSTALL) $(CONSTRAINTS) --no-deps "torchvision==$$($(BIN)/python -c '$(TORCH); print(f"0.{torch[1] + 15}.*")')"
@@ -126,6 +127,7 @@ $(STAMPS)/peers: $(STAMPS)/test
 	    echo "no triton for this platform: its tests will be skipped"
 	@$(INSTALL) $(CONSTRAINTS) --no-deps timm && $(INSTALL) $(CONSTRAINTS) pyyaml huggingface_hub safetensors || \
 	    echo "no timm here: its tests will be skipped"
+	@$(INSTALL) -c constraints.txt --no-deps nvidia-cutlass || echo "no CUTLASS here: its tests will be skipped"
 	@$(INSTALL) $(CONSTRAINTS) onnx onnxscript onnxruntime || echo "no ONNX Runtime for this platform: its tests will be skipped"
 	@touch $@
 

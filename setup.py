@@ -4,6 +4,9 @@ FUSED_RESNET_NO_EXT=1       builds no extension
 FUSED_RESNET_REQUIRE_EXT=1  makes the whole build fail where the extension cannot be built
 FUSED_RESNET_CUDA=auto|0|1  the CUDA kernels: where torch is a CUDA build and nvcc is of its major version (auto),
                             never, or with any nvcc; 1 makes the whole build fail where they cannot be built
+FUSED_RESNET_CUTLASS=0|1    beside the CUDA kernels convolutions from CUTLASS, for sm_80 to sm_89 and sm_90a: with 1
+                            alone, which makes the whole build fail where they cannot be built. The headers are those
+                            of the package nvidia-cutlass, or of CUTLASS_PATH; it takes two minutes and 4 GB of memory
 TORCH_CUDA_ARCH_LIST        for which GPUs, as in "9.0a 12.0+PTX"
 MAX_JOBS                    files that are compiled at the same time
 

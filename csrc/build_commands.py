@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import site
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -32,6 +34,17 @@ NVCC_FLAGS = [
     "-fmad=false",
     "-Xcompiler=-fvisibility=hidden",
 ]  # sums and products rounded as on a CPU
+
+
+# Convolutions from CUTLASS: which of TORCH_CUDA_ARCH_LIST's architectures a source serves, and what it is compiled for.
+CUTLASS_SOURCES = {"conv_sm80": ({"8.0", "8.6", "8.9"}, "8.0"), "conv_sm90": ({"9.0", "9.0a"}, "9.0a")}
+CUTLASS_FLAGS = [
+    *NVCC_FLAGS,
+    "-DNDEBUG",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC",
+    "-Werror=cross-execution-space-call",
+]
 
 
 def is_set(name):
@@ -83,6 +96,58 @@ def architecture_flags(names):
     return flags
 
 
+def cutlass_home():
+    """The folder with CUTLASS's `include` and `tools`, of the package nvidia-cutlass or of $CUTLASS_PATH, or None."""
+    if named := os.environ.get("CUTLASS_PATH"):
+        homes = [Path(named)]
+    else:
+        spec = importlib.util.find_spec("cutlass_library")
+        homes = [Path(folder) / "source" for folder in (spec.submodule_search_locations if spec else None) or ()]
+    return next((home for home in homes if (home / "include" / "cutlass" / "cutlass.h").exists()), None)
+
+
+def no_cutlass(names):
+    """Why no convolutions are to be built from CUTLASS for the architectures `names`, or None."""
+    wanted = os.environ.get("FUSED_RESNET_CUTLASS") or "0"
+    if wanted not in ("0", "1"):
+        raise RuntimeError(f"FUSED_RESNET_CUTLASS must be 0 or 1, not {wanted!r}")
+    if wanted == "0":
+        return "FUSED_RESNET_CUTLASS=1 was not set"
+    if cutlass_home() is None:
+        return "CUTLASS's headers were not found: pip install --no-deps nvidia-cutlass, or set CUTLASS_PATH"
+    if not cutlass_sources(names):
+        return f"its kernels are for 8.0, 8.6, 8.9 and 9.0a, and TORCH_CUDA_ARCH_LIST is {names}"
+    return None
+
+
+def cutlass_sources(names):
+    """Those of CUTLASS_SOURCES that serve one of the architectures `names`."""
+    listed = {name.removesuffix("+PTX") for name in re.split(r"[\s;,]+", names.strip())}
+    return [source for source, (served, _) in CUTLASS_SOURCES.items() if served & listed]
+
+
+def cutlass_version():
+    """ "4.2.0", say."""
+    text = (cutlass_home() / "include" / "cutlass" / "version.h").read_text()
+    return ".".join(re.search(rf"define CUTLASS_{part} (\d+)", text)[1] for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def compile_once(command):
+    """Runs `nvcc ... -c SOURCE -o OBJECT` where its result is not there yet; what it took is written beside it."""
+    source, compiled = Path(command[-3]), Path(command[-1])
+    record = compiled.with_suffix(".json")
+    there = compiled.exists() and record.exists() and compiled.stat().st_mtime > source.stat().st_mtime
+    if there and json.loads(record.read_text())["command"] == command:
+        return
+    print(*command, flush=True)
+    start = time.perf_counter()
+    _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
+    if status:
+        raise RuntimeError(f"nvcc failed on {source.name}")
+    cost = {"seconds": time.perf_counter() - start, "mebibytes": usage.ru_maxrss / 1024}  # of the largest process
+    record.write_text(json.dumps({"command": command, **cost}))
+
+
 @contextlib.contextmanager
 def printed_to(log):
     """What this process and its compilers print goes into the file `log`."""
@@ -111,7 +176,7 @@ class BuildExt(cpp_extension.BuildExtension if cpp_extension else build_ext):
             stale.unlink()
         flags = list(self.extensions[0].extra_compile_args["cxx"])
         self.info = {"built": False, "reason": None, "torch": None, "compiler": None, "flags": flags}
-        self.info |= {"cuda": None, "no_cuda": None}
+        self.info |= {"cuda": None, "no_cuda": None, "cutlass": None, "no_cutlass": None}
         super().run()
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build_info.json").write_text(json.dumps(self.info, indent=2) + "\n")
@@ -121,6 +186,9 @@ class BuildExt(cpp_extension.BuildExtension if cpp_extension else build_ext):
         if os.environ.get("FUSED_RESNET_CUDA") == "1" and not self.info["cuda"]:
             reason = self.info["no_cuda"] or self.info["reason"]
             raise RuntimeError(f"FUSED_RESNET_CUDA=1 is set, and the CUDA kernels were not built: {reason}")
+        if os.environ.get("FUSED_RESNET_CUTLASS") == "1" and not self.info["cutlass"]:
+            reason = self.info["no_cutlass"] or self.info["no_cuda"] or self.info["reason"]
+            raise RuntimeError(f"FUSED_RESNET_CUTLASS=1 is set, and its convolutions were not built: {reason}")
 
     def build_extensions(self):
         with tempfile.TemporaryFile() as log:
@@ -150,24 +218,50 @@ class BuildExt(cpp_extension.BuildExtension if cpp_extension else build_ext):
         """Builds the extension with the CUDA kernels where that is wanted and possible; tells whether it did."""
         (extension,) = self.extensions
         self.info["no_cuda"] = no_cuda()
+        home, names = nvcc_home(), os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+        self.info["no_cutlass"] = no_cutlass(names)
         if self.info["no_cuda"]:
             return False
-        home, names = nvcc_home(), os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
         before = copy.deepcopy(vars(extension))
-        extension.sources += sorted(f"csrc/cuda/{path.name}" for path in Path(ROOT, "csrc", "cuda").glob("*.cu"))
+        sources = sorted(path.name for path in Path(ROOT, "csrc", "cuda").glob("*.cu"))
+        extension.sources += [f"csrc/cuda/{name}" for name in sources if not name.startswith("conv")]
         extension.extra_compile_args["nvcc"] += architecture_flags(names)
         extension.library_dirs += [str(home / "lib64")]
         extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
         cpp_extension.CUDA_HOME = str(home)
         self.forget_stale_objects()
         try:
+            if self.info["no_cutlass"] is None:
+                extension.extra_objects += self.compile_cutlass(home, names)
             super().build_extensions()
         except Exception as error:
             self.info["no_cuda"] = self.reason(log, error)
             vars(extension).update(before)
             return False
         self.info["cuda"] = f"{nvcc_version(home)}, for {names}"
+        if self.info["no_cutlass"] is None:
+            compiled = [CUTLASS_SOURCES[source][1] for source in cutlass_sources(names)]
+            self.info["cutlass"] = f"{cutlass_version()}, for {' '.join(compiled)}"
         return True
+
+    def compile_cutlass(self, home, names):
+        """The objects of csrc/cuda/conv*.cu, each for its own architecture; one at a time, for the memory's sake."""
+        sources, cutlass = cutlass_sources(names), cutlass_home()
+        own = {source: architecture_flags(CUTLASS_SOURCES[source][1]) for source in sources}
+        targets = [flag for flag in self.extensions[0].extra_compile_args["nvcc"] if flag.startswith("-D")]
+        own["conv"] = [*own[sources[0]], *targets, *(f"-DFR_{source.upper()}" for source in sources)]
+        folders = [
+            *cpp_extension.include_paths(),
+            str(cutlass / "include"),
+            str(cutlass / "tools" / "util" / "include"),
+        ]
+        common = [str(home / "bin" / "nvcc"), *CUTLASS_FLAGS, *(f"-isystem={folder}" for folder in folders)]
+        folder = Path(self.build_temp, "csrc", "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [str(folder / f"{name}.o") for name in own]
+        for name, compiled in zip(own, objects, strict=True):
+            compile_once([*common, *own[name], "-c", f"{ROOT}/csrc/cuda/{name}.cu", "-o", compiled])
+        return objects
 
     def forget_stale_objects(self):
         """Beside a CPU build of torch nobody tells ninja which headers a CUDA source includes."""

@@ -50,6 +50,9 @@ inline Shape shape_of(const Tensor& x) {
   return shape;
 }
 
+// Channels lie side by side, or it makes no difference.
+inline bool is_rows(const Shape& shape) { return shape.rows || shape.c == 1 || shape.s == 1 || shape.numel() == 0; }
+
 inline bool is_dense(const Tensor& x) {
   const auto size = x.sizes(), stride = x.strides();
   int64_t extent = 1, elements = 1;

@@ -170,6 +170,13 @@ FR_HD void take(A y, Index tap, A& best, Index& which) {
 template <typename A, typename Index>
 FR_HD A picked(Index offset, Index tap, A g) { return offset == tap ? g : A(0); }
 
+// ---- convolution ------------------------------------------------------------------------------------------------------
+
+// The output's size along one dimension.
+FR_HD int64_t conv_extent(int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
+  return (in + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
 // ---- second moments ---------------------------------------------------------------------------------------------------
 
 // A kernel that computes only the tiles (i, j), i <= j, of a symmetric matrix numbers them by columns of tiles: j is the

@@ -183,7 +183,10 @@ def info(args: argparse.Namespace) -> int:
     if build.get("built"):
         lines.append(("", f"built with torch {build.get('torch')}, {build.get('compiler')}"))
         lines.append(("", f"flags {' '.join(build.get('flags') or ())}"))
-        lines.append(("", f"CUDA {build.get('cuda') or 'not built: ' + (build.get('no_cuda') or 'unknown reason')}"))
+        for name, key in (("CUDA", "cuda"), ("CUTLASS", "cutlass")):
+            lines.append(
+                ("", f"{name} {build.get(key) or 'not built: ' + (build.get(f'no_{key}') or 'unknown reason')}")
+            )
     for folder in extension.get("elsewhere", ()):
         lines.append(
             ("", f"another install, {folder}, has an extension, but {found['package']} comes first on sys.path")

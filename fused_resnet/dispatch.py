@@ -12,7 +12,9 @@ and may have
     untested(op, x) -> None | reason               not proven equal to reference on x's device, dtype and layout
     slower(primitive, *args) -> None | reason      a backend behind it in the order is faster at this call
 
-which the automatic choice asks, an explicit request does not.
+which the automatic choice asks, an explicit request does not, and
+
+    on_request(op, device_type) -> note            what `backend_table` says of a backend that is never chosen by itself
 """
 
 from __future__ import annotations
@@ -330,6 +332,8 @@ def backend_table() -> BackendTable:
                     live = name
                     rows.append(Row(op, device, name, True, note))
                 else:
-                    note = reason or ("on request" if name not in order else f"on request; {live} comes first")
+                    detail = module.on_request(op, device) if hasattr(module, "on_request") else ""
+                    request = f"on request: {detail}" if detail else "on request"
+                    note = reason or (request if name not in order else f"on request; {live} comes first")
                     rows.append(Row(op, device, name, False, note))
     return rows

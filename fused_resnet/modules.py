@@ -17,11 +17,12 @@ from fused_resnet.ops.checks import (
     autocast_dtype,
     check_activation,
     check_channels,
+    conv_output_shape,
     is_channels_last,
     is_traced,
     needs_grad,
 )
-from fused_resnet.ops.conv_bias_act import conv_layout, conv_output_shape
+from fused_resnet.ops.conv_bias_act import conv_layout
 from fused_resnet.sync_batchnorm import SyncBatchNorm
 
 Call = Callable[[Tensor, Tensor | None, bool], Tensor]  # (x, residual, whether to write over it) -> output

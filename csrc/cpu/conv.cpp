@@ -325,8 +325,7 @@ bool conv_available() {
 
 void check_nhwc(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, name, " must be (N, C, H, W), float32");
-  const Shape shape = shape_of(t);
-  STD_TORCH_CHECK(shape.rows || shape.c == 1 || shape.s == 1 || t.numel() == 0, name, " must be channels_last");
+  STD_TORCH_CHECK(is_rows(shape_of(t)), name, " must be channels_last");
 }
 
 // (K, C, R, S) -> (panels, R, S, C, 32), the last panel filled up with zeros.
@@ -367,14 +366,11 @@ void conv_bias_act(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                   "weight must be packed for x's channels");
   Conv conv{x.size(0), x.size(1), x.size(2), x.size(3), out.size(1), packed.size(1), packed.size(2), out.size(2), out.size(3),
             stride_h,  stride_w,  pad_h,     pad_w,     dilation_h,  dilation_w};
-  const auto extent = [](int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
-    return (in + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
-  };
   STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && pad_h >= 0 && pad_w >= 0 && dilation_h > 0 && dilation_w > 0,
                   "strides and dilations must be positive, paddings not negative");
   STD_TORCH_CHECK(out.size(0) == conv.n && packed.size(0) == conv.panels() &&
-                      conv.out_h == extent(conv.h, pad_h, dilation_h, conv.r, stride_h) &&
-                      conv.out_w == extent(conv.w, pad_w, dilation_w, conv.s, stride_w),
+                      conv.out_h == conv_extent(conv.h, pad_h, dilation_h, conv.r, stride_h) &&
+                      conv.out_w == conv_extent(conv.w, pad_w, dilation_w, conv.s, stride_w),
                   "out must have the sizes of the convolution's result");
   if (residual) check_like(*residual, out, "residual");
   if (out.numel() == 0) return;

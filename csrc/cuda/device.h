@@ -33,15 +33,11 @@ class Device {
  public:
   explicit Device(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {}
 
-  int32_t multiprocessors() const {
-    static std::array<std::atomic<int32_t>, 64> known{};
-    int32_t number = index_ < 64 ? known[index_].load(std::memory_order_relaxed) : 0;
-    if (number == 0) {
-      check(cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, index_), "cudaDeviceGetAttribute");
-      if (index_ < 64) known[index_].store(number, std::memory_order_relaxed);
-    }
-    return number;
-  }
+  int32_t multiprocessors() const { return attribute<cudaDevAttrMultiProcessorCount>(); }
+
+  // 9 and 0, say.
+  int32_t major_capability() const { return attribute<cudaDevAttrComputeCapabilityMajor>(); }
+  int32_t minor_capability() const { return attribute<cudaDevAttrComputeCapabilityMinor>(); }
 
   // kernel<<<(blocks, parts), kThreads>>>(args...)
   template <typename... P, typename... A>
@@ -56,7 +52,6 @@ class Device {
         values);
   }
 
- private:
   // torch has no header for it that a build without its CUDA libraries could link.
   cudaStream_t stream() const {
     using Function = AOTITorchError (*)(int32_t, void**);
@@ -68,6 +63,18 @@ class Device {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(current(index_, &stream));
     return static_cast<cudaStream_t>(stream);
+  }
+
+ private:
+  template <cudaDeviceAttr Attribute>
+  int32_t attribute() const {
+    static std::array<std::atomic<int32_t>, 64> known{};  // plus 1: 0 is unknown
+    int32_t value = index_ < 64 ? known[index_].load(std::memory_order_relaxed) - 1 : -1;
+    if (value < 0) {
+      check(cudaDeviceGetAttribute(&value, Attribute, index_), "cudaDeviceGetAttribute");
+      if (index_ < 64) known[index_].store(value + 1, std::memory_order_relaxed);
+    }
+    return value;
   }
 
   int32_t index_;

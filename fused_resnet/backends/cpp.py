@@ -11,6 +11,7 @@ import importlib
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_resnet.backends import library, reference, selfcheck
+from fused_resnet.backends import cutlass, library, reference, selfcheck
 from fused_resnet.folding import accumulate_dtype, update_running_stats
 from fused_resnet.ops.checks import is_channels_last
 
@@ -50,8 +51,13 @@ _SCHEMAS = (
     "cuda_check() -> ()",
     "conv_available() -> bool",
     "conv_pack(Tensor weight) -> Tensor",
+    "conv_check(Tensor x, Tensor weight, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,"
+    " int dilation_w) -> ()",
     "conv_bias_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor(a!) out, int stride_h, int stride_w,"
     " int pad_h, int pad_w, int dilation_h, int dilation_w, bool relu) -> ()",
+    "conv_bn_act(Tensor x, Tensor packed, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
+    " Tensor? residual, Tensor(a!) out, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,"
+    " int dilation_w, float eps, bool relu) -> ()",
 )
 _PANEL = 32  # output channels that csrc's convolution takes at a time
 _KEPT = 6  # arguments of a choice for weights that are packed once: (weight, *geometry, activation)
@@ -141,6 +147,30 @@ def untested(op: str, x: Tensor) -> str | None:
 
 
 @functools.cache
+def cutlass_unavailable() -> str | None:
+    """Why there are no convolutions for CUDA here, or None."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cpp::conv_bn_act", "CUDA"):
+        return None
+    return f"the extension was built without CUTLASS: {build_info().get('no_cutlass') or 'unknown reason'}"
+
+
+@functools.cache
+def _warn_of(reason: str) -> None:
+    message = f"fused_resnet: csrc's CUDA convolution does not take some calls ({reason}): torch's and a fused pass do."
+    warnings.warn(message, stacklevel=4)
+
+
+def _by_cutlass(op: str, x: Tensor, weight: Tensor, residual: Tensor | None, *geometry: Any) -> bool:
+    """Whether csrc's convolution for CUDA serves the call; each reason why not is warned of once."""
+    if x.device.type != "cuda" or cutlass_unavailable() is not None:
+        return False
+    reason = cutlass.refusal(op, x, weight, residual, *geometry)
+    if reason is not None:
+        _warn_of(reason)
+    return reason is None
+
+
+@functools.cache
 def conv_unavailable() -> str | None:
     """Why csrc's own convolution cannot be used here, or None."""
     return _load() or (None if _ops.conv_available.default() else "csrc's convolution needs AVX-512")
@@ -167,6 +197,16 @@ def partly(op: str) -> tuple[bool, str] | None:
     if reason is not None:
         return False, f"on request; {reason}"
     return True, f"modules, single images: float32, channels_last, output channels in multiples of {_PANEL}"
+
+
+def on_request(op: str, device_type: str) -> str:
+    """What an explicit request of an op gets, where that is not clear."""
+    if device_type != "cuda" or op not in NOTES:
+        return ""
+    reason = cutlass_unavailable()
+    if reason is not None:
+        return f"{NOTES[op]}; {reason}"
+    return f"one CUTLASS kernel for 16-bit NHWC, channels in multiples of 8, if its self-check passes; else {NOTES[op]}"
 
 
 def slower(primitive: str, x: Tensor, *args: Any) -> str | None:
@@ -413,6 +453,8 @@ def conv_bias_act_forward(
     activation: str | None,
 ) -> Tensor:
     """As `reference.conv_bias_act_forward`; the weight may be packed, then there is a bias."""
+    if _by_cutlass("conv_bias_act", x, weight, residual, stride, padding, dilation, groups):
+        return cutlass.conv_bias_act_forward(x, weight, bias, residual, stride, padding, dilation, groups, activation)
     if _is_direct(x, weight, groups):
         return _direct(x, weight, bias, residual, None, stride, padding, dilation, activation)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -470,12 +512,12 @@ def _direct(
 
 def packs(x: Tensor, weight: Tensor, *args: Any) -> bool:
     """Whether `pack` makes of a weight what `conv_bias_act_forward` runs on at once."""
-    return _is_direct(x, weight, args[-2])
+    return _by_cutlass("conv_bias_act", x, weight, None, *args[-5:-1]) or _is_direct(x, weight, args[-2])
 
 
 def pack(weight: Tensor, *_: Any) -> Tensor:
-    """A (K, C, R, S) weight as csrc's convolution reads it: (panels of 32 channels, R, S, C, 32)."""
-    return _ops.conv_pack.default(weight)
+    """A (K, C, R, S) weight as csrc's conv reads it: (panels of 32 channels, R, S, C, 32); on CUDA `cutlass.pack`'s."""
+    return cutlass.pack(weight) if weight.is_cuda else _ops.conv_pack.default(weight)
 
 
 def conv_bn_act_forward(
@@ -494,6 +536,10 @@ def conv_bn_act_forward(
     eps: float,
     activation: str | None,
 ) -> Tensor:
+    if _by_cutlass("conv_bn_act", x, weight, residual, stride, padding, dilation, groups):
+        return cutlass.conv_bn_act_forward(
+            x, weight, bias, gamma, beta, mean, var, residual, stride, padding, dilation, groups, eps, activation
+        )
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     residual = None if residual is None else _like(residual, y)
     return bn_act_eval_forward(y, gamma, beta, mean, var, residual, eps, activation)

@@ -6,6 +6,7 @@ float64 is at most twice that of `reference` in the same dtype, plus a few round
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -17,7 +18,9 @@ from torch import Tensor
 from fused_resnet.backends import reference
 
 Results = dict[str, Tensor]
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
 EPS = 1e-5
+COPIES = 20  # of the images, so that a convolution has work for every multiprocessor
 SUMS = 2e-6  # granted to float32 sums, which torch forms in another order
 
 
@@ -71,8 +74,7 @@ def _prologue(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Results
     """A 3x3 conv between two BNs, and the products of the Gram form."""
     x, y, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, y, grad))
     channels = x.shape[1]
-    steps = torch.arange(9 * channels * channels, device=x.device) * 31 % 97  # a fixed weight without a pattern
-    weight = ((steps - 48) / (97 * channels**0.5)).to(x.dtype).view(channels, channels, 3, 3)
+    weight = _weight(channels, x, 3).contiguous()
     gamma, beta, mean, var = _bn(x)
     bn, sums = (mean, var, gamma, beta, EPS), (10 * mean, 10 * beta)
     same, one = ((1, 1), (1, 1), (1, 1)), (1, 1)
@@ -92,6 +94,52 @@ def _prologue(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Results
     return {f"{name} {i}": t for name, several in found.items() for i, t in enumerate(several) if t is not None}
 
 
+def _weight(channels: int, x: Tensor, kernel: int) -> Tensor:
+    """Fixed values without a pattern, for a conv of x to so many channels."""
+    inner = x.shape[1] * kernel * kernel
+    steps = torch.arange(channels * inner, device=x.device) * 31 % 97
+    weight = ((steps - 48) / (28 * inner**0.5)).to(x.dtype).view(channels, x.shape[1], kernel, kernel)
+    return weight.contiguous(memory_format=_format(x))
+
+
+def _convolutions(x: Tensor, y: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Geometry]]:
+    """(name, input, weight, residual, geometry): as many tiles as a GPU has multiprocessors, few, and ragged ones."""
+    channels = x.shape[1] // 8 * 8
+    few = x[:, :channels].contiguous(memory_format=_format(x))
+    many = few.repeat(COPIES, 1, 1, 1).contiguous(memory_format=_format(x))
+    cases = {
+        "3x3 wide": (many, 128, 3, ((1, 1), (1, 1), (1, 1), 1)),
+        "3x3": (few, 72, 3, ((2, 1), (2, 1), (2, 1), 1)),
+        "1x1": (few, 200, 1, ((1, 2), (0, 0), (1, 1), 1)),
+    }
+    for name, (read, wide, kernel, geometry) in cases.items():
+        weight = _weight(wide, read, kernel)
+        shape = reference.conv_bias_act_forward(read, weight, None, None, *geometry, None).shape
+        values = y.flatten().repeat(math.ceil(shape.numel() / y.numel()))[: shape.numel()]
+        yield name, read, weight, values.view(shape).contiguous(memory_format=_format(x)), geometry
+
+
+def _conv_bias_act(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Results:
+    results: Results = {}
+    for name, read, weight, residual, geometry in _convolutions(x, y):
+        bias = _bn(weight.transpose(0, 1))[1].to(x.dtype)
+        results[name] = module.conv_bias_act_forward(read, weight, bias, residual, *geometry, "relu")
+        results[f"{name} alone"] = module.conv_bias_act_forward(read, weight, None, None, *geometry, None)
+    return results
+
+
+def _conv_bn_act(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Results:
+    results: Results = {}
+    for name, read, weight, residual, geometry in _convolutions(x, y):
+        bn = _bn(weight.transpose(0, 1))
+        results[name] = module.conv_bn_act_forward(read, weight, None, *bn, residual, *geometry, EPS, "relu")
+        bias = bn[1].to(x.dtype)
+        results[f"{name} alone"] = module.conv_bn_act_forward(
+            read, weight, bias, None, None, *bn[2:], None, *geometry, EPS, None
+        )
+    return results
+
+
 def _bn(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fresh gamma, beta, running mean and variance."""
     steps = torch.arange(x.shape[1], device=x.device) % 5
@@ -108,6 +156,8 @@ CHECKS: dict[str, Callable[[ModuleType, Tensor, Tensor, Tensor], Results]] = {
     "bn_act": _bn_act,
     "bn_bn_act": _bn_bn_act,
     "bn_act_pool": _bn_act_pool,
+    "conv_bias_act": _conv_bias_act,
+    "conv_bn_act": _conv_bn_act,
     "prologue": _prologue,
 }
 

@@ -80,6 +80,17 @@ def pair(op: str, name: str, value: Any, least: int) -> tuple[int, int]:
     return two
 
 
+def conv_output_shape(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, int, int, int]:
+    """(N, K, H', W') of a 2-d convolution; a size below 1 means that the kernel does not fit."""
+    height, width = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return x.shape[0], weight.shape[0], height, width
+
+
 def is_channels_last(x: Tensor) -> bool:
     """NHWC (NDHWC) in memory, and not at the same time NCHW-contiguous."""
     if x.is_contiguous():

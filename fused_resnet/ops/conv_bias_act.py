@@ -15,6 +15,7 @@ from fused_resnet.ops.checks import (
     check_activation,
     check_input,
     check_shape,
+    conv_output_shape,
     dense,
     is_traced,
     needs_grad,
@@ -112,17 +113,6 @@ def check_conv(
             f"does not fit an input of {x.shape[2]}x{x.shape[3]}"
         )
     return (strides, pads, dils, groups), out_shape
-
-
-def conv_output_shape(
-    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[int, int, int, int]:
-    """(N, K, H', W') of a 2-d convolution; a size below 1 means that the kernel does not fit."""
-    height, width = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    )
-    return x.shape[0], weight.shape[0], height, width
 
 
 def conv_layout(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:

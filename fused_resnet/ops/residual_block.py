@@ -32,8 +32,7 @@ from fused_resnet.ops.block_units import (
     gram_gradients,
     gram_state,
 )
-from fused_resnet.ops.checks import as_layout, autocast_dtype, check_batch_statistics, check_shape
-from fused_resnet.ops.conv_bias_act import conv_output_shape
+from fused_resnet.ops.checks import as_layout, autocast_dtype, check_batch_statistics, check_shape, conv_output_shape
 from fused_resnet.ops.sync_bn_act import sync_bn_act_backward, sync_bn_act_forward
 
 

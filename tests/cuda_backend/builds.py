@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
+COMMANDS = runpy.run_path(str(ROOT / "csrc" / "build_commands.py"))
 CXX = os.environ.get("CXX", "c++")
 NINJA = shutil.which("ninja", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}")
 FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Werror -Wno-unknown-pragmas"
 INCLUDES = f"-iquote {ROOT / 'csrc'} -I{HERE} -isystem {TORCH / 'include'}"
-KERNELS = sorted(path for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.stem != "driver")
+CUDA = ROOT / "csrc" / "cuda"
+KERNELS = sorted(path for path in CUDA.glob("*.cu") if path.stem != "driver" and not path.stem.startswith("conv"))
 
 
 def missing() -> str | None:
@@ -30,18 +35,18 @@ def missing() -> str | None:
     return None if sys.platform == "linux" else "the extension is built on Linux alone"
 
 
-def build(name: str, sources: list[Path], flags: str, libraries: str = "") -> Path:
-    """One shared library of `sources`, build/tests/<name>.so."""
+def build(name: str, sources: list[Path], flags: str, libraries: str = "", own: dict[str, str] | None = None) -> Path:
+    """One shared library of `sources`, build/tests/<name>.so; `own`: stem -> further flags of a source."""
     folder = ROOT / "build" / "tests" / name
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         "rule compile",
-        f"  command = {CXX} -x c++ {FLAGS} {INCLUDES} {flags} -MD -MF $out.d -c $in -o $out",
+        f"  command = {CXX} -x c++ {FLAGS} {INCLUDES} {flags} $own -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = {CXX} -shared {flags} $in -o $out {libraries}",
-        *(f"build {source.stem}.o: compile {source}" for source in sources),
+        *(f"build {source.stem}.o: compile {source}\n  own = {(own or {}).get(source.stem, '')}" for source in sources),
         f"build {name}.so: link {' '.join(f'{source.stem}.o' for source in sources)}",
     ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -57,9 +62,15 @@ def emulated(sanitizer: str = os.environ.get("EMULATED_SANITIZER", "")) -> Path:
         " -fsanitize=alignment -fsanitize-undefined-trap-on-error"  # a GPU faults on unaligned vectors, a CPU does not
     )
     libraries = f"-L{TORCH / 'lib'} -ltorch -ltorch_cpu -lc10"
+    sources, own = [*KERNELS, CUDA / "conv.cu", HERE / "emulated_conv.cpp"], {"conv": "-DFR_CONV_SM90"}
+    if no_cutlass() is None:
+        sources.append(CUDA / "conv_sm80.cu")
+        own["conv"] += " -DFR_CONV_SM80"
+        folders = " ".join(f"-isystem {folder}" for folder in cutlass_folders())
+        own["conv_sm80"] = f"-DNDEBUG -w -fpermissive -I{HERE / 'emulated_cutlass'} {folders}"
     if not sanitizer:
-        return build("emulated", KERNELS, flags, libraries)
-    return build(f"emulated_{sanitizer}", KERNELS, f"{flags} -fsanitize={sanitizer} -g1", libraries)
+        return build("emulated", sources, flags, libraries, own)
+    return build(f"emulated_{sanitizer}", sources, f"{flags} -fsanitize={sanitizer} -g1", libraries, own)
 
 
 def run_emulated(*arguments: str, sanitizer: str = "") -> subprocess.CompletedProcess[str]:
@@ -85,9 +96,29 @@ def run_emulated(*arguments: str, sanitizer: str = "") -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
 
-def internals() -> Path:
-    """csrc/math.h and csrc/cuda/plan.h as a Python module."""
+CUTLASS = COMMANDS["cutlass_home"]()
+
+
+def no_cutlass() -> str | None:
+    """Why nothing of CUTLASS can be compiled for the CPU."""
+    if CUTLASS is None:
+        return "CUTLASS's headers are not installed (nvidia-cutlass)"
+    return missing() if COMMANDS["nvcc_home"]() else "no CUDA toolkit on this machine"
+
+
+def cutlass_folders() -> list[Path]:
+    """Of its headers, and of the toolkit's."""
+    toolkit = COMMANDS["nvcc_home"]() / "include"
+    return [CUTLASS / "include", CUTLASS / "tools" / "util" / "include", toolkit, toolkit / "cccl"]
+
+
+def module(name: str, *folders: Path) -> ModuleType:
+    """A Python module of name.cpp beside this file; `folders` of further headers."""
     import pybind11
 
-    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-    return build("internals", [HERE / "internals.cpp"], includes)
+    python = (pybind11.get_include(), sysconfig.get_path("include"))
+    library = build(name, [HERE / f"{name}.cpp"], " ".join(f"-isystem {folder}" for folder in (*python, *folders)))
+    spec = importlib.util.spec_from_file_location(name, library)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -65,9 +65,10 @@ def faults(binary: Path) -> list[str]:
     ]
 
 
-def instructions(binary: Path, kernel: str) -> list[str]:
+def instructions(binary: Path, kernel: str, architecture: str | None = None) -> list[str]:
     """The instructions, in order, of the kernels in whose (mangled) name the pattern is found."""
-    text = _output(str(tool("cuobjdump")), "-sass", str(binary))
+    which = ("--gpu-architecture", architecture) if architecture else ()
+    text = _output(str(tool("cuobjdump")), "-sass", *which, str(binary))
     parts = re.split(r"Function : (\S+)", text)
     code = [body for name, body in zip(parts[1::2], parts[2::2], strict=True) if re.search(kernel, name)]
     assert code, f"no kernel {kernel} in {binary}"

@@ -24,7 +24,7 @@
 
 namespace fused_resnet {
 
-struct Index { unsigned x, y; };
+struct Index { unsigned x, y, z; };
 inline Index threadIdx, blockIdx;
 
 // Where a fiber, or what schedules them, goes on. Not by swapcontext, which asks the kernel twice; but sanitizers know that.
@@ -140,6 +140,13 @@ class Device {
     return number ? std::atoi(number) : 3;
   }
 
+  int32_t major_capability() const {
+    const char* major = std::getenv("EMULATED_CAPABILITY");
+    return major ? std::atoi(major) : 9;
+  }
+  int32_t minor_capability() const { return 0; }
+  std::nullptr_t stream() const { return nullptr; }
+
   template <typename... P, typename... A>
   void launch(const char*, void (*kernel)(P...), int64_t blocks, int64_t parts, A&&... args) const {
     static Block block;
@@ -149,7 +156,7 @@ class Device {
     const bool backward = launches++ % 2;
     for (int64_t b = 0; b < number; ++b) {
       const int64_t i = backward ? number - 1 - b : b;
-      blockIdx = {unsigned(i % blocks), unsigned(i / blocks)};
+      blockIdx = {unsigned(i % blocks), unsigned(i / blocks), 0};
       block.run(kThreads, [&] { std::apply(kernel, values); });
     }
   }

@@ -12,7 +12,7 @@ import builds
 import pytest
 import torch
 
-from fused_resnet.backends import cpp
+from fused_resnet.backends import cpp, cutlass
 from fused_resnet.dispatch import BackendUnavailableError
 
 _library = torch.library.Library("fused_resnet_emulated", "FRAGMENT")
@@ -21,10 +21,12 @@ for _schema in cpp._SCHEMAS:
 
 
 class _Ops:
-    """The emulated kernels, and those of the CPU that have no counterpart."""
+    """The emulated kernels, and those of the CPU that have no counterpart; convolutions are another backend's."""
 
     def __getattr__(self, name: str) -> object:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_resnet_emulated::{name}", "CPU"):
+        if not name.startswith("conv_") and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"fused_resnet_emulated::{name}", "CPU"
+        ):
             return getattr(torch.ops.fused_resnet_emulated, name)
         return getattr(torch.ops.fused_resnet_cpp, name)
 
@@ -32,6 +34,7 @@ class _Ops:
 def pytest_configure() -> None:
     torch.ops.load_library(str(builds.emulated()))
     cpp._ops = _Ops()
+    cutlass._ops = torch.ops.fused_resnet_emulated
     cpp._DTYPES["cpu"] = cpp._DTYPES["cuda"]
     cpp.ONLY_ON.clear()
     conftest = sys.modules["conftest"]

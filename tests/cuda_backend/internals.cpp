@@ -1,4 +1,4 @@
-// csrc/math.h and csrc/cuda/plan.h for Python, so that tests can look into them.
+// csrc/math.h, csrc/cuda/plan.h and csrc/cuda/conv.h for Python, so that tests can look into them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/conv.h"
 #include "cuda/plan.h"
 
 namespace py = pybind11;
@@ -85,6 +86,53 @@ auto tiles(int64_t rows, int64_t width, int32_t multiprocessors) {
   return std::make_pair(pairs, first);
 }
 
+// A vector in float32, or as bits of a 16-bit type, for the kernels of the convolutions.
+struct Given {
+  std::vector<float> values;
+  std::vector<uint16_t> bits;
+  bool present, wide;
+
+  ChannelVector view() const {
+    if (!present) return {nullptr, false};
+    return {wide ? static_cast<const void*>(values.data()) : static_cast<const void*>(bits.data()), wide};
+  }
+};
+
+template <typename T>
+Given given(const py::object& vector) {
+  if (vector.is_none()) return {{}, {}, false, false};
+  const auto [values, wide] = vector.cast<std::pair<std::vector<float>, bool>>();
+  Given result{values, {}, true, wide};
+  for (const float value : values) result.bits.push_back(store<T>(value).bits);
+  return result;
+}
+
+// act(bn(sum + bias) + residual) of each channel; a vector is None or (values, whether in float32).
+template <typename T>
+std::vector<float> conv_end(const std::vector<float>& sums, const py::object& bias, const py::object& mean, const py::object& var,
+                            const py::object& gamma, const py::object& beta, float eps, const std::vector<float>& residual,
+                            bool with_relu) {
+  const Given given_bias = given<T>(bias), given_mean = given<T>(mean), given_var = given<T>(var), given_gamma = given<T>(gamma),
+              given_beta = given<T>(beta);
+  const Channels channels{given_bias.view(), given_mean.view(), given_var.view(), given_gamma.view(), given_beta.view(), eps};
+  std::vector<float> out;
+  for (size_t c = 0; c < sums.size(); ++c) out.push_back(finished(sums[c], channels.at<T>(c), residual[c], with_relu));
+  return out;
+}
+
+Conv conv_of(const std::vector<int64_t>& v) {
+  if (v.size() != 13) throw std::invalid_argument("n, c, h, w, k, r, s, stride, padding, dilation");
+  Conv conv{v[0], v[1], v[2], v[3], v[4], v[5], v[6], 0, 0, v[7], v[8], v[9], v[10], v[11], v[12]};
+  conv.p = conv_extent(conv.h, conv.pad_h, conv.dilation_h, conv.r, conv.stride_h);
+  conv.q = conv_extent(conv.w, conv.pad_w, conv.dilation_w, conv.s, conv.stride_w);
+  return conv;
+}
+
+auto conv_refused(const std::vector<int64_t>& sizes, int32_t major, int32_t minor) {
+  const char* reason = conv_refusal(conv_of(sizes), conv_kernels(major, minor));
+  return reason ? py::cast(reason) : py::none();
+}
+
 template <typename T>
 uint16_t bits(float value) { return store<T>(value).bits; }
 template <typename T>
@@ -116,6 +164,16 @@ PYBIND11_MODULE(internals, m) {
   m.def("flat_blocks", flat_blocks);
   m.attr("flat") = kThreads * kFlat;
   m.def("tiles", tiles);
+  m.def("conv_extent", conv_extent);
+  m.def("conv_end_bf16", conv_end<bf16>);
+  m.def("conv_end_fp16", conv_end<fp16>);
+  m.def("conv_kernels", [](int32_t major, int32_t minor) { return static_cast<int>(conv_kernels(major, minor)); });
+  m.def("conv_refusal", conv_refused);
+  m.def("conv_tile", [](const std::vector<int64_t>& sizes, int32_t multiprocessors) {
+    const Conv conv = conv_of(sizes);
+    const ConvTile tile = conv_tile(conv, multiprocessors);
+    return std::make_tuple(static_cast<int>(tile), conv_tiles(conv, tile), conv_tiles(conv, ConvTile::wide));
+  });
   m.def("bf16_bits", bits<bf16>);
   m.def("fp16_bits", bits<fp16>);
   m.def("bf16_value", value<bf16>);

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import runpy
 import subprocess
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from fused_resnet import dispatch
-from fused_resnet.backends import cpp, selfcheck, triton
+from fused_resnet.backends import cpp, cutlass, library, selfcheck, triton
 
-COMMANDS = runpy.run_path(str(builds.ROOT / "csrc" / "build_commands.py"))
+COMMANDS = builds.COMMANDS
 NVCC_HOME = COMMANDS["nvcc_home"]()
 EMULATED = ("test_bn_act.py", "test_bn_act_pool.py", "test_add_relu.py", "cuda_backend/emulated_kernels.py")
 # Each element once, 16 bytes at a time.
@@ -100,6 +100,51 @@ def test_architectures():
     ]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "headers", "names", "reason"),
+    [
+        (None, True, "8.0 9.0a", "FUSED_RESNET_CUTLASS=1 was not set"),
+        ("0", True, "8.0 9.0a", "FUSED_RESNET_CUTLASS=1 was not set"),
+        ("1", False, "8.0 9.0a", "CUTLASS's headers were not found"),
+        ("1", True, "10.0;12.0+PTX", "TORCH_CUDA_ARCH_LIST is 10.0;12.0+PTX"),
+        ("1", True, "8.6+PTX", None),
+        ("1", True, "9.0", None),
+        ("1", True, COMMANDS["ARCHITECTURES"], None),
+    ],
+)
+def test_when_convolutions_are_built_from_cutlass(wanted, headers, names, reason, monkeypatch, tmp_path):
+    monkeypatch.delenv("FUSED_RESNET_CUTLASS", raising=False)
+    if wanted:
+        monkeypatch.setenv("FUSED_RESNET_CUTLASS", wanted)
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
+    if headers:
+        (tmp_path / "include" / "cutlass").mkdir(parents=True)
+        (tmp_path / "include" / "cutlass" / "cutlass.h").touch()
+    found = COMMANDS["no_cutlass"](names)
+    assert found is None if reason is None else reason in found
+
+
+def test_another_word_than_0_and_1_is_refused_for_cutlass(monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_CUTLASS", "auto")
+    with pytest.raises(RuntimeError, match="FUSED_RESNET_CUTLASS must be 0 or 1, not 'auto'"):
+        COMMANDS["no_cutlass"]("8.0")
+
+
+@pytest.mark.parametrize(
+    ("names", "sources"),
+    [
+        ("8.0", ["conv_sm80"]),
+        ("8.9", ["conv_sm80"]),
+        ("9.0", ["conv_sm90"]),
+        ("9.0a 12.0+PTX", ["conv_sm90"]),
+        (COMMANDS["ARCHITECTURES"], ["conv_sm80", "conv_sm90"]),
+        ("10.0", []),
+    ],
+)
+def test_each_convolution_is_compiled_for_its_own_gpus(names, sources):
+    assert COMMANDS["cutlass_sources"](names) == sources
+
+
 @pytest.fixture
 def on_a_gpu_machine(monkeypatch):
     """As far as `unavailable` looks, with kernels that can run."""
@@ -160,6 +205,97 @@ def test_primitives_of_one_device(primitive):
     assert callable(dispatch.implementation(cpp, primitive, "cuda"))
 
 
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[str]:
+    """Calls of CUTLASS's convolutions, which give zeros; torch's give what they give."""
+    calls: list[str] = []
+
+    def convolution(name):
+        def call(x, weight, *args):
+            calls.append(name)
+            return torch.zeros(1)
+
+        return call
+
+    cpp._warn_of.cache_clear()
+    monkeypatch.setattr(cpp, "cutlass_unavailable", lambda: None)
+    monkeypatch.setattr(cutlass, "refusal", lambda *args: None)
+    for name in ("conv_bias_act_forward", "conv_bn_act_forward"):
+        monkeypatch.setattr(cutlass, name, convolution(name))
+    return calls
+
+
+CONV = ((1, 1), (1, 1), (1, 1), 1)
+
+
+def convolve(primitive: str) -> torch.Tensor:
+    x, weight = torch.randn(2, 8, 5, 5).as_subclass(OnGPU), torch.randn(8, 8, 3, 3).as_subclass(OnGPU)
+    if primitive == "conv_bias_act_forward":
+        return cpp.conv_bias_act_forward(x, weight, None, None, *CONV, None)
+    norm = (None, None, torch.zeros(8), torch.ones(8))
+    return cpp.conv_bn_act_forward(x, weight, None, *norm, None, *CONV, 1e-5, None)
+
+
+@pytest.mark.parametrize("primitive", ["conv_bias_act_forward", "conv_bn_act_forward"])
+def test_a_request_for_cpp_takes_the_convolution_of_cutlass(primitive, taken, monkeypatch):
+    """Where it serves; else torch's, and the reason is warned of once. Never on a CPU."""
+    monkeypatch.setattr(cpp, "bn_act_eval_forward", lambda y, *args: y)
+    assert convolve(primitive).shape == (1,)
+    assert taken == [primitive]
+    monkeypatch.setattr(cutlass, "refusal", lambda *args: "it has no groups")
+    with pytest.warns(UserWarning, match="does not take some calls .it has no groups.: torch's and a fused pass do"):
+        assert convolve(primitive).shape == (2, 8, 5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert convolve(primitive).shape == (2, 8, 5, 5)
+        monkeypatch.setattr(cpp, "cutlass_unavailable", lambda: "the extension was built without CUTLASS")
+        monkeypatch.setattr(cutlass, "refusal", lambda *args: pytest.fail("there is nothing to ask"))
+        assert convolve(primitive).shape == (2, 8, 5, 5)
+        monkeypatch.setattr(cpp, "cutlass_unavailable", lambda: None)
+        cpp.conv_bias_act_forward(torch.randn(2, 8, 5, 5), torch.randn(8, 8, 3, 3), None, None, *CONV, None)
+    assert taken == [primitive]
+
+
+def test_weights_for_cutlass_are_packed_once(taken, monkeypatch):
+    x, weight = torch.randn(2, 8, 5, 5).as_subclass(OnGPU), torch.randn(8, 8, 3, 3).as_subclass(OnGPU)
+    assert cpp.packs(x, weight, *CONV, "relu")
+    assert cpp.packs(x, weight, None, None, *CONV, "relu")
+    packed = cpp.pack(weight, tuple(x.shape), *CONV)
+    assert packed.shape == weight.shape
+    assert packed.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(cutlass, "refusal", lambda *args: "no")
+    with pytest.warns(UserWarning, match="does not take some calls"):
+        assert not cpp.packs(x, weight, *CONV, "relu")
+
+
+@pytest.mark.parametrize("op", ["conv_bias_act", "conv_bn_act"])
+def test_convolutions_of_cutlass_are_never_chosen_by_themselves(op):
+    assert "cpp" not in dispatch.AUTOMATIC["cuda"][op]
+    assert op in selfcheck.CHECKS  # else a request would not be served by them
+
+
+def test_why_there_are_no_convolutions_of_cutlass(monkeypatch):
+    monkeypatch.setattr(cpp, "build_info", lambda: {"no_cutlass": "FUSED_RESNET_CUTLASS=1 was not set"})
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    cpp.cutlass_unavailable.cache_clear()
+    reason = "the extension was built without CUTLASS: FUSED_RESNET_CUTLASS=1 was not set"
+    assert cpp.cutlass_unavailable() == reason
+    assert cpp.on_request("conv_bn_act", "cuda") == f"conv in torch, epilogue in csrc; {reason}"
+    assert cpp.on_request("conv_bn_act", "cpu") == cpp.on_request("bn_act", "cuda") == ""
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    cpp.cutlass_unavailable.cache_clear()
+    assert cpp.cutlass_unavailable() is None
+    assert cpp.on_request("conv_bias_act", "cuda").startswith("one CUTLASS kernel")
+    cpp.cutlass_unavailable.cache_clear()
+
+
 @pytest.mark.parametrize("op", ["add_relu", "bn_act", "bn_act_pool", "bn_bn_act"])
 def test_the_order_on_cuda(op):
     assert dispatch.AUTOMATIC["cuda"][op] == ("triton", "cpp", "reference")
@@ -171,6 +307,8 @@ def test_the_table_tells_which_of_triton_and_cpp_is_live(on_a_gpu_machine, monke
     complaint = "its kernels differ from torch: out"
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, device=None, **options: empty(*args, **options))
+    monkeypatch.setattr(library, "unavailable", lambda device_type: None)
+    monkeypatch.setattr(library, "switched_off", lambda device_type: None)
     monkeypatch.setattr(triton, "unavailable", lambda device_type: None)
     monkeypatch.setattr(triton, "untested", lambda op, x: complaint if op == "bn_act" else None)
     monkeypatch.setattr(cpp, "untested", lambda op, x: None)
@@ -182,6 +320,9 @@ def test_the_table_tells_which_of_triton_and_cpp_is_live(on_a_gpu_machine, monke
     assert rows["add_relu", "triton"].live
     assert not rows["add_relu", "cpp"].live
     assert rows["add_relu", "cpp"].note == "on request; triton comes first"
+    assert rows["conv_bn_act", "library"].live
+    assert rows["conv_bn_act", "triton"].note == "on request"
+    assert rows["conv_bn_act", "cpp"].note == f"on request: {cpp.on_request('conv_bn_act', 'cuda')}"
     monkeypatch.setattr(triton, "unavailable", lambda device_type: "triton is not installed")
     rows = {(row.op, row.backend): row for row in dispatch.backend_table() if row.device == "cuda"}
     assert rows["add_relu", "cpp"].live

@@ -1,4 +1,4 @@
-"""csrc's formulas (math.h) and launch planners (cuda/plan.h), through a module made with pybind11."""
+"""csrc's formulas (math.h) and launch planners (cuda/plan.h, cuda/conv.h), through a module made with pybind11."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from types import ModuleType
 
 import builds
@@ -25,10 +26,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def csrc() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("internals", builds.internals())
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return builds.module("internals")
 
 
 def moments(values: list[float]) -> tuple[float, float, float]:
@@ -197,3 +195,155 @@ def test_tiles_and_parts_of_second_moments(csrc, rows, width, multiprocessors):
 
 def test_python_knows_the_limit(csrc):
     assert csrc.most_positions == cpp._MOST_VALUES
+
+
+# Convolutions (cuda/conv.h)
+
+
+def convolutions(count: int) -> Iterator[tuple[int, ...]]:
+    """(n, c, h, w, k, r, s, strides, paddings, dilations) of convolutions that fit their input."""
+    rng = random.Random(2)
+    while count:
+        n, c, k = rng.randint(1, 4), 8 * rng.randint(1, 40), 8 * rng.randint(1, 40)
+        h, w, r, s = rng.randint(1, 60), rng.randint(1, 60), rng.choice([1, 3, 5, 7]), rng.choice([1, 2, 3, 7])
+        stride, dilation = [rng.randint(1, 4) for _ in range(2)], [rng.randint(1, 4) for _ in range(2)]
+        padding = [rng.randint(0, 8) for _ in range(2)]
+        if h + 2 * padding[0] > dilation[0] * (r - 1) and w + 2 * padding[1] > dilation[1] * (s - 1):
+            count -= 1
+            yield n, c, h, w, k, r, s, *stride, *padding, *dilation
+
+
+def output_shape(n, c, h, w, k, r, s, *geometry) -> torch.Size:
+    """What torch's own convolution gives."""
+    x, weight = torch.empty(n, c, h, w, device="meta"), torch.empty(k, c, r, s, device="meta")
+    return torch.nn.functional.conv2d(x, weight, None, *(geometry[i : i + 2] for i in (0, 2, 4))).shape
+
+
+def test_sizes_of_outputs_are_those_of_torch(csrc):
+    for conv in convolutions(3000):
+        _, _, h, w, _, r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w = conv
+        size = [
+            csrc.conv_extent(h, pad_h, dilation_h, r, stride_h),
+            csrc.conv_extent(w, pad_w, dilation_w, s, stride_w),
+        ]
+        assert size == list(output_shape(*conv)[2:]), conv
+
+
+@pytest.mark.skipif(builds.no_cutlass() is not None, reason=builds.no_cutlass() or "")
+def test_what_cutlass_is_told_is_the_convolution():
+    """Sizes of the products, strides, and the pixels that TMA visits in im2col mode: the first tap's of each output."""
+    problems = builds.module("problems", *builds.cutlass_folders())
+    for conv in convolutions(3000):
+        n, c, h, w, k, r, s, *geometry = conv
+        _, _, p, q = output_shape(*conv)
+        (rows, columns, depth), members = problems.sm80(conv)
+        assert (rows, columns, depth) == (n * p * q, k, c * r * s), conv
+        assert tuple(members) == conv
+        sizes, x_stride, out_stride, lower, upper = problems.sm90(conv)
+        assert sizes == [n, p, q, k], conv
+        assert (x_stride, out_stride) == ([h * w * c, w * c, c, 1], [p * q * k, q * k, k, 1]), conv
+        (strides, paddings, dilations), taps = (geometry[i : i + 2] for i in (0, 2, 4)), (r, s)
+        for d, (extent, size) in enumerate(((h, p), (w, q))):
+            visited = range(lower[d], extent + upper[d], strides[d])
+            assert list(visited) == [i * strides[d] - paddings[d] for i in range(size)], conv
+            last = visited[-1] + (taps[d] - 1) * dilations[d]
+            assert last < extent + paddings[d], conv
+
+
+VECTOR = st.none() | st.tuples(st.lists(st.floats(-4, 4, width=16), min_size=5, max_size=5), st.booleans())
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(FLOATS, min_size=5, max_size=5),
+    st.tuples(VECTOR, VECTOR, VECTOR),
+    st.none() | st.lists(st.floats(0, 4, width=16), min_size=10, max_size=10),
+    st.lists(FLOATS, min_size=5, max_size=5),
+    st.booleans(),
+    st.sampled_from(["bf16", "fp16"]),
+)
+def test_the_end_of_a_convolution(csrc, sums, vectors, statistics, residual, with_relu, kind):
+    """act(bn(sum + bias) + residual), the vectors in float32 or the tensors' type, each there or not."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[kind]
+    bias, gamma, beta = vectors
+    mean, var = ((statistics[:5], True), (statistics[5:], False)) if statistics else (None, None)
+    ours = getattr(csrc, f"conv_end_{kind}")(sums, bias, mean, var, gamma, beta, 0.5, residual, with_relu)
+
+    def exact(vector, absent):
+        if vector is None:
+            return torch.full((5,), absent, dtype=torch.float64)
+        values = torch.tensor(vector[0], dtype=torch.float64)
+        return values if vector[1] else values.to(dtype).double()
+
+    y = torch.tensor(sums, dtype=torch.float64) + exact(bias, 0.0)
+    if statistics:
+        y = (y - exact(mean, 0.0)) / (exact(var, 1.0) + 0.5).sqrt() * exact(gamma, 1.0) + exact(beta, 0.0)
+    y += torch.tensor(residual, dtype=torch.float64)
+    y = y.relu() if with_relu else y
+    torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), y, rtol=1e-5, atol=2e-3)
+
+
+def test_nan_passes_the_end_of_a_convolution(csrc):
+    ours = csrc.conv_end_bf16([math.nan, -math.inf, 1.0], None, None, None, None, None, 0.0, [0.0, 0.0, math.nan], True)
+    assert [math.isnan(v) for v in ours] == [True, False, True]
+    assert ours[1] == 0.0
+
+
+SERVED = (8, 64, 56, 56, 64, 3, 3, 1, 1, 1, 1, 1, 1)
+MULTIPLES, ELEMENTS = "input and output channels must be multiples of 8", "a tensor has 2**31 elements or more"
+MAPS = "the padding, dilation or stride is larger than the GPU's tensor maps allow"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sm80", "sm90"),
+    [
+        ({}, None, None),
+        ({1: 3}, MULTIPLES, MULTIPLES),
+        ({4: 12}, MULTIPLES, MULTIPLES),
+        ({0: 10700}, ELEMENTS, ELEMENTS),
+        ({0: 10699}, None, None),
+        ({0: 10000, 4: 128}, ELEMENTS, ELEMENTS),
+        ({5: 33, 9: 16}, "the kernel is larger than 32", None),
+        ({6: 33, 10: 16}, "the kernel is larger than 32", None),
+        ({7: 9}, None, MAPS),
+        ({8: 8}, None, None),
+        ({9: 128, 11: 2}, None, None),
+        ({9: 129, 11: 2}, None, MAPS),
+        ({10: 128}, None, None),
+        ({10: 130}, None, MAPS),
+        ({2: 400, 11: 64}, None, None),
+        ({2: 400, 11: 65}, None, MAPS),
+        ({3: 400, 12: 65}, None, MAPS),
+        ({2: 600, 9: 126, 11: 127}, None, None),
+        ({2: 600, 9: 127, 11: 128}, None, MAPS),
+    ],
+)
+def test_why_the_convolutions_of_cutlass_do_not_serve(csrc, changes, sm80, sm90):
+    sizes = [changes.get(i, size) for i, size in enumerate(SERVED)]
+    assert csrc.conv_refusal(sizes, 8, 6) == sm80
+    assert csrc.conv_refusal(sizes, 9, 0) == sm90
+
+
+def test_the_gpus_that_convolutions_are_compiled_for(csrc):
+    kernels = {(major, minor): csrc.conv_kernels(major, minor) for major in range(7, 14) for minor in range(10)}
+    none, sm80, sm90 = 0, 1, 2
+    assert all(kernels[8, minor] == sm80 for minor in range(10))
+    assert [key for key, value in kernels.items() if value == sm90] == [(9, 0)]
+    assert kernels[7, 5] == kernels[9, 1] == kernels[10, 0] == kernels[12, 0] == none
+
+
+def test_tiles_of_convolutions(csrc):
+    """Wide where there is work for all multiprocessors and no channels are wasted."""
+    for conv in convolutions(2000):
+        k = conv[4]
+        rows = math.prod(output_shape(*conv)) // k
+        for multiprocessors in (1, 13, 132):
+            tile, tiles, wide = csrc.conv_tile(conv, multiprocessors)
+            assert tiles == -(-rows // 128) * -(-k // tile)
+            assert wide == -(-rows // 128) * -(-k // 128)
+            if tile == 128:
+                assert wide >= multiprocessors
+            else:
+                assert wide < multiprocessors or 0 < k % 128 <= 64
+    assert csrc.conv_tile(SERVED, 132)[0] == 64
+    assert csrc.conv_tile((64, 256, 14, 14, 1024, 1, 1, 1, 1, 0, 0, 1, 1), 132)[0] == 128
