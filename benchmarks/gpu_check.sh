@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proves everything that a GPU can prove, on a bare machine without network; elsewhere each part says what it could not do.
 #
-#   benchmarks/gpu_check.sh [--part build|test|kernels|models|sanitize|profile] OUT
+#   benchmarks/gpu_check.sh [--part build|test|kernels|cutlass|models|sanitize|profile] OUT
 #
 # Needs python3 with torch, triton and pytest (PYTHON=... names another), nvcc and ninja for `build`, compute-sanitizer and
 # ncu for the last two. A part stays under 10 minutes. OUT gets at most 8 files of at most 16 MiB. A failing step never
@@ -9,8 +9,8 @@
 # cannot start, and 0 where nothing is red: a missing GPU is told, not red.
 set -uo pipefail
 
-usage="usage: benchmarks/gpu_check.sh [--part build|test|kernels|models|sanitize|profile] OUT"
-PARTS=(build test kernels models sanitize profile)
+usage="usage: benchmarks/gpu_check.sh [--part build|test|kernels|cutlass|models|sanitize|profile] OUT"
+PARTS=(build test kernels cutlass models sanitize profile)
 out=""
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -97,6 +97,22 @@ kernels() {
     step "fp32, ours as chosen" 90 "$PYTHON" -m fused_resnet bench-ops "${small[@]}" --dtype fp32 --model resnet50
     step "bf16, beside torch.compile" 110 "$PYTHON" -m fused_resnet bench-ops --device cuda --dtype bf16 --model resnet50 \
         --ops bn_act,add_relu,bn_act_pool --rivals compile --out "$out/ops-compile.csv"
+}
+
+# The convolutions of CUTLASS beside cuDNN's fused calls. What it builds stays: `build` has the extension without them.
+cutlass() {
+    gpu "convolutions" || return 0
+    tool "convolutions" ninja || return 0
+    [ -n "${CUTLASS_PATH:-}" ] || "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("cutlass_library"))' ||
+        { skip "convolutions" "no headers of CUTLASS here (nvidia-cutlass)"; return 0; }
+    step "extension with CUTLASS" 300 env FUSED_RESNET_REQUIRE_EXT=1 FUSED_RESNET_CUDA=1 FUSED_RESNET_CUTLASS=1 \
+        TORCH_CUDA_ARCH_LIST="${CC%?}.${CC: -1}" "$PYTHON" setup.py build_ext --inplace
+    step "GPU tests" 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_conv_cutlass.py --tb=line -rfE
+    for dtype in bf16 fp16; do
+        show=1 step "$dtype, beside the library's fused calls" 80 "$PYTHON" -m fused_resnet bench-ops --device cuda --dtype "$dtype" \
+            --ops conv_bias_act,conv_bn_act --directions infer --backend cpp --model resnet50 --rivals "fused calls" \
+            --out "$scratch/ops.csv"
+    done
 }
 
 models() {

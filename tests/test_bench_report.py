@@ -152,7 +152,7 @@ def gpu_check(*argv: str, path: str | None = None) -> subprocess.CompletedProces
 
 @needs_bash
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the script would use it")
-@pytest.mark.parametrize("part", ["test", "sanitize", "profile"])
+@pytest.mark.parametrize("part", ["test", "cutlass", "sanitize", "profile"])
 def test_gpu_check_says_what_it_could_not_do(part: str, tmp_path: Path) -> None:
     done = gpu_check("--part", part, str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr

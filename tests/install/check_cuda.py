@@ -33,7 +33,7 @@ CONVS = {
 }
 CONVS = {source: CONVS[source] for source in COMMANDS["cutlass_sources"](LISTED)}
 CONV_KERNEL = re.compile("conv_kernel|device_kernel")
-MOST_SECONDS, MOST_MEBIBYTES = 20 * 60, 6 * 1024  # for all that is compiled from CUTLASS, for one compiler
+MOST_SECONDS, MOST_MEBIBYTES = 20 * 60, 6 * 1024  # of one core for all of CUTLASS's files; of memory for each
 # Loaded from the unpacked wheel: the kernels are registered, and cannot run, for a reason that says what is missing.
 PROBE = """
 import json, fused_resnet, torch
