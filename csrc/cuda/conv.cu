@@ -38,10 +38,8 @@ Conv conv_of(const Tensor& x, const Tensor& weight, int64_t stride_h, int64_t st
   STD_TORCH_CHECK(weight.size(1) == x.size(1), "x and weight must have the same channels: there are no groups");
   STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && pad_h >= 0 && pad_w >= 0 && dilation_h > 0 && dilation_w > 0,
                   "strides and dilations must be positive, paddings not negative");
-  Conv conv{x.size(0),      x.size(1), x.size(2), x.size(3), weight.size(0), weight.size(2), weight.size(3), 0, 0,
-            stride_h, stride_w,  pad_h,     pad_w,     dilation_h,     dilation_w};
-  conv.p = conv_extent(conv.h, pad_h, dilation_h, conv.r, stride_h);
-  conv.q = conv_extent(conv.w, pad_w, dilation_w, conv.s, stride_w);
+  const Conv conv = with_output({x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0), weight.size(2), weight.size(3),
+                                 stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w});
   STD_TORCH_CHECK(conv.p > 0 && conv.q > 0 && conv.output() > 0 && conv.weights() > 0, "x, weight and the output must not be empty");
   return conv;
 }

@@ -50,13 +50,20 @@ FR_HD float finished(float sum, const Channel& channel, float residual, bool wit
 
 // x (n, h, w, c), weight (k, r, s, c), out (n, p, q, k), all dense.
 struct Conv {
-  int64_t n, c, h, w, k, r, s, p, q, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t n, c, h, w, k, r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t p = 0, q = 0;  // set by with_output
 
   int64_t rows() const { return n * p * q; }
   int64_t input() const { return n * h * w * c; }
   int64_t weights() const { return k * r * s * c; }
   int64_t output() const { return rows() * k; }
 };
+
+inline Conv with_output(Conv conv) {
+  conv.p = conv_extent(conv.h, conv.pad_h, conv.dilation_h, conv.r, conv.stride_h);
+  conv.q = conv_extent(conv.w, conv.pad_w, conv.dilation_w, conv.s, conv.stride_w);
+  return conv;
+}
 
 // ---- which kernels serve it ---------------------------------------------------------------------------------------------
 

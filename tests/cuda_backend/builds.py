@@ -66,8 +66,7 @@ def emulated(sanitizer: str = os.environ.get("EMULATED_SANITIZER", "")) -> Path:
     if no_cutlass() is None:
         sources.append(CUDA / "conv_sm80.cu")
         own["conv"] += " -DFR_CONV_SM80"
-        folders = " ".join(f"-isystem {folder}" for folder in cutlass_folders())
-        own["conv_sm80"] = f"-DNDEBUG -w -fpermissive -I{HERE / 'emulated_cutlass'} {folders}"
+        own["conv_sm80"] = f"-I{HERE / 'emulated_cutlass'} {cutlass_flags()}"
     if not sanitizer:
         return build("emulated", sources, flags, libraries, own)
     return build(f"emulated_{sanitizer}", sources, f"{flags} -fsanitize={sanitizer} -g1", libraries, own)
@@ -106,18 +105,19 @@ def no_cutlass() -> str | None:
     return missing() if COMMANDS["nvcc_home"]() else "no CUDA toolkit on this machine"
 
 
-def cutlass_folders() -> list[Path]:
-    """Of its headers, and of the toolkit's."""
+def cutlass_flags() -> str:
+    """To compile its headers, and the toolkit's, for the CPU."""
     toolkit = COMMANDS["nvcc_home"]() / "include"
-    return [CUTLASS / "include", CUTLASS / "tools" / "util" / "include", toolkit, toolkit / "cccl"]
+    folders = (CUTLASS / "include", CUTLASS / "tools" / "util" / "include", toolkit, toolkit / "cccl")
+    return f"-DNDEBUG -w -fpermissive {' '.join(f'-isystem {folder}' for folder in folders)}"
 
 
-def module(name: str, *folders: Path) -> ModuleType:
-    """A Python module of name.cpp beside this file; `folders` of further headers."""
+def module(name: str, flags: str = "") -> ModuleType:
+    """A Python module of name.cpp beside this file."""
     import pybind11
 
-    python = (pybind11.get_include(), sysconfig.get_path("include"))
-    library = build(name, [HERE / f"{name}.cpp"], " ".join(f"-isystem {folder}" for folder in (*python, *folders)))
+    python = " ".join(f"-isystem {folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include")))
+    library = build(name, [HERE / f"{name}.cpp"], f"{python} {flags}")
     spec = importlib.util.spec_from_file_location(name, library)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

@@ -122,10 +122,7 @@ std::vector<float> conv_end(const std::vector<float>& sums, const py::object& bi
 
 Conv conv_of(const std::vector<int64_t>& v) {
   if (v.size() != 13) throw std::invalid_argument("n, c, h, w, k, r, s, stride, padding, dilation");
-  Conv conv{v[0], v[1], v[2], v[3], v[4], v[5], v[6], 0, 0, v[7], v[8], v[9], v[10], v[11], v[12]};
-  conv.p = conv_extent(conv.h, conv.pad_h, conv.dilation_h, conv.r, conv.stride_h);
-  conv.q = conv_extent(conv.w, conv.pad_w, conv.dilation_w, conv.s, conv.stride_w);
-  return conv;
+  return with_output({v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12]});
 }
 
 auto conv_refused(const std::vector<int64_t>& sizes, int32_t major, int32_t minor) {

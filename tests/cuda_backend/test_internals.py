@@ -47,7 +47,7 @@ def test_parts_of_any_split_merge_to_the_statistics(csrc, kind, values, data):
     n, mean, m2 = getattr(csrc, f"merged_{kind}")(parts)
     _, exact_mean, exact_m2 = moments(values)
     eps = 2.0 ** (-23 if kind == "float" else -52)
-    size = max(abs(v) for v in values)
+    size = max(2.0**-126, *map(abs, values))  # below, the distances between floats no longer shrink
     assert n == len(values)
     assert abs(mean - exact_mean) <= (len(values) + 8) * eps * size
     spread = math.sqrt(exact_m2 * len(values))  # the mean's own error enters by this
@@ -229,25 +229,79 @@ def test_sizes_of_outputs_are_those_of_torch(csrc):
         assert size == list(output_shape(*conv)[2:]), conv
 
 
-@pytest.mark.skipif(builds.no_cutlass() is not None, reason=builds.no_cutlass() or "")
-def test_what_cutlass_is_told_is_the_convolution():
-    """Sizes of the products, strides, and the pixels that TMA visits in im2col mode: the first tap's of each output."""
-    problems = builds.module("problems", *builds.cutlass_folders())
+needs_cutlass = pytest.mark.skipif(builds.no_cutlass() is not None, reason=builds.no_cutlass() or "")
+
+
+@pytest.fixture(scope="module")
+def cutlass_host() -> ModuleType:
+    return builds.module("cutlass_host", builds.cutlass_flags())
+
+
+@needs_cutlass
+def test_the_products_for_sm_80_are_the_convolution(cutlass_host):
+    for conv in convolutions(3000):
+        n, c, _, _, k, r, s, *_ = conv
+        _, _, p, q = output_shape(*conv)
+        size, members = cutlass_host.sm80(conv)
+        assert size == [n * p * q, k, c * r * s], conv
+        assert tuple(members) == conv
+
+
+@needs_cutlass
+def test_the_tensor_maps_for_sm_90_are_the_convolution(csrc, cutlass_host):
+    """What the driver is asked for: sizes, strides in bytes, and the pixels that im2col mode visits: those of the first
+    tap, one for each output."""
     for conv in convolutions(3000):
         n, c, h, w, k, r, s, *geometry = conv
-        _, _, p, q = output_shape(*conv)
-        (rows, columns, depth), members = problems.sm80(conv)
-        assert (rows, columns, depth) == (n * p * q, k, c * r * s), conv
-        assert tuple(members) == conv
-        sizes, x_stride, out_stride, lower, upper = problems.sm90(conv)
-        assert sizes == [n, p, q, k], conv
-        assert (x_stride, out_stride) == ([h * w * c, w * c, c, 1], [p * q * k, q * k, k, 1]), conv
-        (strides, paddings, dilations), taps = (geometry[i : i + 2] for i in (0, 2, 4)), (r, s)
-        for d, (extent, size) in enumerate(((h, p), (w, q))):
-            visited = range(lower[d], extent + upper[d], strides[d])
+        (*_, p, q), (strides, paddings, dilations) = output_shape(*conv), (geometry[i : i + 2] for i in (0, 2, 4))
+        assert csrc.conv_refusal(conv, 9, 0) is None
+        served, (x, weight, *outs) = cutlass_host.tensor_maps(conv)
+        assert served
+        addresses, sizes, steps = zip(*(m[:3] for m in (x, weight, *outs)), strict=True)
+        assert addresses == (16, 32, 48, 64)
+        assert sizes == ([c, w, h, n], [c, k, s, r], [k, q, p, n], [k, q, p, n]), conv
+        out = [2 * k, 2 * k * q, 2 * k * q * p]
+        assert steps == ([2 * c, 2 * c * w, 2 * c * w * h], [2 * c * s * r, 2 * c, 2 * c * s], out, out), conv
+        lower, upper, box, steps = x[3:]
+        assert (box, steps) == ([64, 128], [1, strides[1], strides[0], 1])
+        for d, (extent, size, taps) in enumerate(((h, p, r), (w, q, s))):
+            visited = range(lower[1 - d], extent + upper[1 - d], strides[d])
             assert list(visited) == [i * strides[d] - paddings[d] for i in range(size)], conv
-            last = visited[-1] + (taps[d] - 1) * dilations[d]
-            assert last < extent + paddings[d], conv
+            assert visited[-1] + (taps - 1) * dilations[d] < extent + paddings[d], conv
+        assert all(m[3:] == ([0, 0], [0, 0], [32, 64], [1, 1, 1, 1]) for m in outs)  # every pixel, by pieces of a tile
+
+
+@needs_cutlass
+@pytest.mark.parametrize("change", [{9: 129}, {10: 129, 12: 2}, {11: 65}, {12: 128}, {1: 4}, {4: 4}], ids=str)
+def test_what_cutlass_refuses_is_refused(csrc, cutlass_host, change):
+    sizes = [change.get(i, size) for i, size in enumerate((2, 64, 300, 300, 64, 3, 3, 1, 1, 1, 1, 1, 1))]
+    served, maps = cutlass_host.tensor_maps(sizes)
+    assert not served
+    assert not maps
+    assert csrc.conv_refusal(sizes, 9, 0) is not None
+
+
+@needs_cutlass
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("channels", [8, 64, 128, 152, 256])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("with_relu", [True, False])
+def test_each_thread_of_sm_90_finishes_its_part_of_a_tile(
+    cutlass_host, columns, kind, channels, with_residual, with_relu
+):
+    """By the layouts of CUTLASS's epilogue: each element once, with its own channel and its own residual."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[kind]
+    first = (channels - 1) // columns * columns  # the last tile, ragged or not
+    width = min(columns, channels - first)
+    sums, mean, var = torch.randn(128, columns), torch.randn(channels), torch.rand(channels) + 0.5
+    residual = torch.randn(128, columns).to(dtype).float() if with_residual else torch.empty(0)
+    vectors = (t.flatten().tolist() for t in (sums, mean, var, residual))
+    ours = torch.tensor(getattr(cutlass_host, f"end_{kind}_{columns}")(*vectors, first, channels, with_relu))
+    inside = slice(first, first + width)
+    y = (sums[:, :width] - mean[inside]) * var[inside].rsqrt()
+    y = y + residual[:, :width] if with_residual else y
+    torch.testing.assert_close(ours.view(128, columns)[:, :width], y.relu() if with_relu else y)
 
 
 VECTOR = st.none() | st.tuples(st.lists(st.floats(-4, 4, width=16), min_size=5, max_size=5), st.booleans())
