@@ -115,7 +115,7 @@ def no_cutlass(names):
     if cutlass_home() is None:
         return "CUTLASS's headers were not found: pip install --no-deps nvidia-cutlass, or set CUTLASS_PATH"
     if not cutlass_sources(names):
-        return f"its kernels are for 8.0, 8.6, 8.9 and 9.0a, and TORCH_CUDA_ARCH_LIST is {names}"
+        return f"they are for 8.0, 8.6, 8.9 and 9.0a, and TORCH_CUDA_ARCH_LIST is {names}"
     return None
 
 
@@ -181,12 +181,12 @@ class BuildExt(cpp_extension.BuildExtension if cpp_extension else build_ext):
         if is_set("FUSED_RESNET_REQUIRE_EXT") and not self.info["built"]:
             reason = self.info["reason"]
             raise RuntimeError(f"FUSED_RESNET_REQUIRE_EXT is set, and the extension was not built: {reason}")
-        if os.environ.get("FUSED_RESNET_CUDA") == "1" and not self.info["cuda"]:
-            reason = self.info["no_cuda"] or self.info["reason"]
-            raise RuntimeError(f"FUSED_RESNET_CUDA=1 is set, and the CUDA kernels were not built: {reason}")
         if os.environ.get("FUSED_RESNET_CUTLASS") == "1" and not self.info["cutlass"]:
             reason = self.info["no_cutlass"] or self.info["no_cuda"] or self.info["reason"]
             raise RuntimeError(f"FUSED_RESNET_CUTLASS=1 is set, and its convolutions were not built: {reason}")
+        if os.environ.get("FUSED_RESNET_CUDA") == "1" and not self.info["cuda"]:
+            reason = self.info["no_cuda"] or self.info["reason"]
+            raise RuntimeError(f"FUSED_RESNET_CUDA=1 is set, and the CUDA kernels were not built: {reason}")
 
     def build_extensions(self):
         with tempfile.TemporaryFile() as log:
@@ -218,6 +218,10 @@ class BuildExt(cpp_extension.BuildExtension if cpp_extension else build_ext):
         self.info["no_cuda"] = no_cuda()
         home, names = nvcc_home(), os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
         self.info["no_cutlass"] = no_cutlass(names)
+        if os.environ.get("FUSED_RESNET_CUTLASS") == "1" and (
+            reason := self.info["no_cutlass"] or self.info["no_cuda"]
+        ):
+            raise RuntimeError(reason)  # before anything is compiled
         if self.info["no_cuda"]:
             return False
         before = copy.deepcopy(vars(extension))

@@ -88,6 +88,19 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found["gpus"]) == torch.cuda.device_count()
 
 
+@pytest.mark.skipif(cpp.unavailable("cpu") is not None, reason="the extension was not built")
+@pytest.mark.parametrize(
+    ("build", "line"),
+    [
+        ({"cutlass": "4.2.0, for 8.0 9.0a"}, "CUTLASS 4.2.0, for 8.0 9.0a"),
+        ({"no_cutlass": "FUSED_RESNET_CUTLASS=1 was not set"}, "CUTLASS not built: FUSED_RESNET_CUTLASS=1 was not set"),
+    ],
+)
+def test_info_says_whether_there_are_convolutions_from_cutlass(build, line, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cpp, "build_info", lambda: {"built": True} | build)
+    assert line in map(str.strip, Result(capsys, "info").out.splitlines())
+
+
 def test_info_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """What is printed is what runs: the blocks that run as one op, and their Gram forms."""
     options = ["--batch", "2", "--size", "64"]

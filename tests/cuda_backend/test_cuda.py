@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +130,22 @@ def test_another_word_than_0_and_1_is_refused_for_cutlass(monkeypatch):
     monkeypatch.setenv("FUSED_RESNET_CUTLASS", "auto")
     with pytest.raises(RuntimeError, match="FUSED_RESNET_CUTLASS must be 0 or 1, not 'auto'"):
         COMMANDS["no_cutlass"]("8.0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"FUSED_RESNET_CUDA": "0"}, "FUSED_RESNET_CUDA=0 was set"),
+        ({"FUSED_RESNET_CUDA": "1", "CUTLASS_PATH": "/nowhere"}, "CUTLASS's headers were not found: pip install"),
+    ],
+)
+def test_a_build_that_cannot_have_cutlass_fails_at_once(settings, reason, tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)]
+    environment = os.environ | {"FUSED_RESNET_REQUIRE_EXT": "0", "FUSED_RESNET_CUTLASS": "1"} | settings
+    done = subprocess.run(command, cwd=builds.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    sentence = f"FUSED_RESNET_CUTLASS=1 is set, and its convolutions were not built: {reason}"
+    assert sentence in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
