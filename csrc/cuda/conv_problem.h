@@ -1,14 +1,20 @@
-// A convolution in CUTLASS's words.
+// A convolution and its storage types in CUTLASS's words.
 #pragma once
 
 #include <cute/tensor.hpp>  // before what needs it
 
+#include <cutlass/bfloat16.h>
 #include <cutlass/conv/conv2d_problem_size.h>
 #include <cutlass/conv/convnd_problem_shape.hpp>
+#include <cutlass/half.h>
 
 #include "conv.h"
 
 namespace fused_resnet {
+
+template <typename T> struct Element;
+template <> struct Element<bf16> { using type = cutlass::bfloat16_t; };
+template <> struct Element<fp16> { using type = cutlass::half_t; };
 
 inline cutlass::conv::Conv2dProblemSize problem_sm80(const Conv& conv) {
   const auto i = [](int64_t v) { return static_cast<int>(v); };

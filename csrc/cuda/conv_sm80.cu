@@ -19,10 +19,6 @@ using cutlass::gemm::GemmCoord;
 using cutlass::gemm::GemmShape;
 namespace threadblock = cutlass::epilogue::threadblock;
 
-template <typename T> struct Element;
-template <> struct Element<bf16> { using type = cutlass::bfloat16_t; };
-template <> struct Element<fp16> { using type = cutlass::half_t; };
-
 // ---- kernels ------------------------------------------------------------------------------------------------------------
 
 // What CUTLASS's epilogue calls: bias or batch norm, residual and ReLU, and the store. A thread works on 8 channels of a row.

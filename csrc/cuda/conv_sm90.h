@@ -15,10 +15,6 @@ namespace fused_resnet {
 using namespace cute;
 namespace fusion = cutlass::epilogue::fusion;
 
-template <typename T> struct Element;
-template <> struct Element<bf16> { using type = cutlass::bfloat16_t; };
-template <> struct Element<fp16> { using type = cutlass::half_t; };
-
 // A node of CUTLASS's epilogue: bias or batch norm, residual and ReLU. The tile's channels wait in shared memory.
 template <typename T, int Columns>
 struct Finish {
