@@ -149,8 +149,9 @@ def untested(op: str, x: Tensor) -> str | None:
 @functools.cache
 def cutlass_unavailable() -> str | None:
     """Why there are no convolutions for CUDA here, or None."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cpp::conv_bn_act", "CUDA"):
-        return None
+    reason = _load()
+    if reason is not None or torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cpp::conv_bn_act", "CUDA"):
+        return reason
     return f"the extension was built without CUTLASS: {build_info().get('no_cutlass') or 'unknown reason'}"
 
 

@@ -300,6 +300,7 @@ def test_convolutions_of_cutlass_are_never_chosen_by_themselves(op):
 
 
 def test_why_there_are_no_convolutions_of_cutlass(monkeypatch):
+    monkeypatch.setattr(cpp, "_load", lambda: None)
     monkeypatch.setattr(cpp, "build_info", lambda: {"no_cutlass": "FUSED_RESNET_CUTLASS=1 was not set"})
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
     cpp.cutlass_unavailable.cache_clear()
