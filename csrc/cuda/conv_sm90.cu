@@ -13,6 +13,8 @@ const char* run(const Conv& conv, const ConvOperands& operands, cudaStream_t str
   const auto [mainloop, epilogue] = arguments_sm90<Kernel>(problem, operands);
   using Adapter = cutlass::conv::device::ConvUniversalAdapter<
       cutlass::conv::kernel::ConvUniversal<ProblemSm90, typename Kernel::Mainloop, typename Kernel::Epilogue>>;
+  constexpr int kShared = Adapter::ConvKernel::SharedStorageSize + 1024;  // the last KiB is the system's
+  static_assert(Kernel::kBlocks * kShared <= 228 * 1024, "they do not fit into a multiprocessor");
   const typename Adapter::Arguments arguments{problem, mainloop, epilogue};
   Adapter kernel;
   cutlass::Status status = kernel.can_implement(arguments);
@@ -25,8 +27,8 @@ const char* run(const Conv& conv, const ConvOperands& operands, cudaStream_t str
 template <typename T>
 const char* run_conv_sm90(const Conv& conv, const ConvOperands& operands, ConvTile tile, cudaStream_t stream) {
   using namespace cutlass::conv::collective;
-  if (tile == ConvTile::wide) return run<KernelSm90<T, 128, StageCount<5>>>(conv, operands, stream);
-  return run<KernelSm90<T, 64, StageCount<3>>>(conv, operands, stream);  // two blocks in a multiprocessor
+  if (tile == ConvTile::wide) return run<KernelSm90<T, 128, StageCount<6>>>(conv, operands, stream);
+  return run<KernelSm90<T, 64, StageCount<4>>>(conv, operands, stream);
 }
 
 template const char* run_conv_sm90<bf16>(const Conv&, const ConvOperands&, ConvTile, cudaStream_t);

@@ -115,6 +115,7 @@ struct KernelSm90 {
   using Tile = Shape<Int<kConvTileRows>, Int<Columns>, Shape<_64>>;
   using Cluster = Shape<_1, _1, _1>;
   static constexpr auto kForward = cutlass::conv::Operator::kFprop;
+  static constexpr int kBlocks = Columns > 64 ? 1 : 2;  // in a multiprocessor: one's end while the other multiplies
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float,
