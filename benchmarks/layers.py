@@ -98,7 +98,10 @@ def cost(what: str, args: tuple[Any, ...], out: Any) -> tuple[float, float]:
     if what == OWN_CONV:
         x, packed, bias, residual, out = args[:5]
         over = out.nbytes if residual is out else 0  # read, then written
-        return _nbytes(x, packed, bias, residual, out) + over, 2.0 * packed[0, ..., 0].numel() * out.numel()
+        products = packed[0, ..., 0].numel()
+        if packed.dim() == 6:  # 4x4 points of Winograd's algorithm, for 3x3 taps
+            products = products * 9 // 16
+        return _nbytes(x, packed, bias, residual, out) + over, 2.0 * products * out.numel()
     if what == "aten.convolution" or what.startswith(("conv_", "mkldnn._convolution")):
         over = args[0].nbytes if what.endswith("_") else 0  # read, then written
         return _nbytes(args, out) + over, _conv_flops(_weight(what, args), out)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet import dispatch, ops
+from fused_resnet.buffers import Buffers
 from fused_resnet.export.plain import PlainModel, folded_copy
 from fused_resnet.folding import FOLDED
 from fused_resnet.fusion.match import Matcher
@@ -102,6 +103,13 @@ class FrozenModel(PlainModel):
 
     fused: list[tuple[str, str]]
     skipped: list[tuple[str, str]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        outputs: Buffers = self.__dict__.setdefault("_outputs", Buffers())  # torch.fx makes copies its own way
+        with outputs.reused():
+            return super().__call__(*args, **kwargs)
 
 
 def freeze(model: nn.Module, *, engine: str | None = None) -> nn.Module:

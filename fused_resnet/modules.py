@@ -236,7 +236,7 @@ class FusedModule(nn.Module):
         if choice.pack is None:
             return None
         channels_last = is_channels_last(x)
-        kept = f"{name}, {choice.backend}"  # batches and single images may alternate
+        kept = f"{name}, {choice.backend}"  # shapes may have their own
         cache = self._folded.get(kept)
         if cache is None:
             cache = self._folded[kept] = FoldCache()

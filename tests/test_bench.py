@@ -158,7 +158,8 @@ def _break(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     elif what == "no beta in the fold":
         monkeypatch.setattr(modules, "fold", lambda w, b, gamma, beta, *rest: reference_fold(w, b, gamma, None, *rest))
     elif what == "conv":
-        monkeypatch.setattr(library, "conv_bias_act_forward", _scaled(library.conv_bias_act_forward, 1.0001))
+        for backend in (cpp, library):
+            monkeypatch.setattr(backend, "conv_bias_act_forward", _scaled(backend.conv_bias_act_forward, 1.0001))
     else:
         name, index = {
             "out": ("bn_act_train_forward", 0),
@@ -222,7 +223,8 @@ def test_a_net_of_ours_that_raises_is_a_failed_check(job: Callable[..., Any], mo
     def crash(*args: Any) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(library, "conv_bias_act_forward", crash)
+    for backend in (cpp, library):
+        monkeypatch.setattr(backend, "conv_bias_act_forward", crash)
     assert all(result.problems == ["it fails with RuntimeError: no such kernel"] for result in _agree(*job(), "infer"))
 
 

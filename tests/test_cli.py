@@ -275,13 +275,18 @@ def test_engines_are_timed_or_say_why_not(capsys: pytest.CaptureFixture[str], qu
             assert row.startswith("not available: "), row
 
 
+def break_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in (dispatch.load("cpp"), library):
+        wrong = lambda *args, right=backend.conv_bias_act_forward: right(*args) * 1.001  # noqa: E731
+        monkeypatch.setattr(backend, "conv_bias_act_forward", wrong)
+
+
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_failed_parity_prints_no_speed_up(
     mode: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if mode == "infer":
-        right = library.conv_bias_act_forward
-        monkeypatch.setattr(library, "conv_bias_act_forward", lambda *args: right(*args) * 1.001)
+        break_inference(monkeypatch)
     else:
         for backend in (dispatch.load("cpp"), dispatch.load("reference")):
             wrong = lambda *args, right=backend.bn_act_backward: (right(*args)[0] * 1.01, *right(*args)[1:])  # noqa: E731
@@ -304,8 +309,7 @@ def test_failed_parity_prints_no_speed_up(
 def test_one_failed_mode_keeps_the_other(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    right = library.conv_bias_act_forward
-    monkeypatch.setattr(library, "conv_bias_act_forward", lambda *args: right(*args) * 1.001)
+    break_inference(monkeypatch)
     result = Result(capsys, "bench", *TINY)
     assert result.code == 1
     assert "training, batch 4" in result.out

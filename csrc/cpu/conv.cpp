@@ -1,134 +1,19 @@
 // out = act(conv(x) + bias + residual) for inference: float32, channels_last, packed weights, AVX-512.
 //
 // An implicit GEMM. In NHWC the values that a kernel row meets are contiguous, so that a 3x3 conv reduces over 3 runs of 3 C
-// floats, a 1x1 conv over one of C. A tile of 14 pixels x 32 channels stays in registers: each step broadcasts 14 values
-// of x against two vectors of weights, 28 multiply-adds for 16 loads. Bias, residual and ReLU meet the tile there. What
+// floats, a 1x1 conv over one of C. A tile of 14 pixels x 32 channels, or 6 x 64, stays in registers: each step broadcasts a
+// value of x for each pixel against 2 or 4 vectors of weights. Bias, residual and ReLU meet the tile there. What
 // needs zeros around it is copied into a buffer that stays in the L2 cache.
-#include <torch/csrc/stable/library.h>
-
-#include <array>
-#include <memory>
-#include <utility>
-#include <vector>
-
-#include "../checks.h"
-#include "parallel.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FR_CONV 1
-#include <immintrin.h>
-#endif
+#include "conv.h"
 
 namespace fused_resnet {
 namespace {
-
-constexpr int64_t kPanel = 32;          // output channels of a tile, and of a panel of packed weights
-constexpr int64_t kTilePixels = 14;     // at most
-constexpr int64_t kChain = 256;         // products that are added up one after the other
-constexpr int64_t kLine = 16;           // floats of a cache line
-constexpr int64_t kAhead = 8 * kPanel;  // of the weights asked for
-
-// ---- the tile ---------------------------------------------------------------------------------------------------------
-
-// `rows` x `runs` runs of `length` floats of x, `row_step` and `run_step` apart; pixels of x are `x_stride` apart, and the
-// second half of a tile of two output rows stands `fold` after the first.
-struct Reduction { int64_t rows, runs, length, row_step, run_step, x_stride, fold; };
-
-struct Target {
-  const float *bias, *sum;  // what the tile starts from; nullptr: 0
-  float* out;
-  int64_t stride, columns;  // of out and sum from pixel to pixel; channels that there are of the panel's
-  bool relu;
-  const float* ahead;  // what is read later; each step asks for a cache line of it
-};
-
-using TileFunction = void (*)(const Reduction&, const float* x, const float* weight, const Target&);
-
-#ifdef FR_CONV
-#pragma GCC push_options
-#pragma GCC target("avx512f")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // `total`, which is read only where it was written
-template <int M, bool Folded>
-void tile(const Reduction& sum, const float* x, const float* w, const Target& to) {
-  __m512 y[M][2];
-  __mmask16 mask[2];
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    const int64_t first = 16 * half, columns = std::clamp<int64_t>(to.columns - first, 0, 16);
-    mask[half] = __mmask16((1u << columns) - 1);
-    const __m512 bias = to.bias ? _mm512_maskz_loadu_ps(mask[half], to.bias + first) : _mm512_setzero_ps();
-#pragma GCC unroll 14
-    for (int i = 0; i < M; ++i) {
-      y[i][half] = bias;
-      if (to.sum) y[i][half] = _mm512_add_ps(bias, _mm512_maskz_loadu_ps(mask[half], to.sum + i * to.stride + first));
-    }
-  }
-  const int64_t stride = sum.x_stride, fold = Folded ? sum.fold - M / 2 * stride : 0;
-  __m512 total[M][2];  // rounding errors grow with the length of a chain of additions, so that none is long
-  bool chained = false;
-  const auto add_up = [&] {
-#pragma GCC unroll 14
-    for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        total[i][half] = chained ? _mm512_add_ps(total[i][half], y[i][half]) : y[i][half];
-        y[i][half] = _mm512_setzero_ps();
-      }
-    }
-    chained = true;
-  };
-  int64_t left = kChain;
-  const float* ahead = to.ahead;
-  for (int64_t row = 0; row < sum.rows; ++row) {
-    for (int64_t run = 0; run < sum.runs; ++run) {
-      const float* v = x + row * sum.row_step + run * sum.run_step;
-      for (int64_t begin = 0; begin < sum.length; begin += kChain) {
-        const int64_t length = std::min(kChain, sum.length - begin);
-        if (length > left) add_up(), left = kChain;
-        left -= length;
-        for (int64_t k = 0; k < length; ++k, ++v, w += kPanel, ahead += kLine) {
-          const __m512 w0 = _mm512_loadu_ps(w), w1 = _mm512_loadu_ps(w + 16);
-          _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-          _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T0);
-          _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + 16), _MM_HINT_T0);
-#pragma GCC unroll 14
-          for (int i = 0; i < M; ++i) {
-            const __m512 a = _mm512_set1_ps(v[i * stride + (Folded && i >= M / 2 ? fold : 0)]);
-            y[i][0] = _mm512_fmadd_ps(a, w0, y[i][0]);
-            y[i][1] = _mm512_fmadd_ps(a, w1, y[i][1]);
-          }
-        }
-      }
-    }
-  }
-  if (chained) add_up();
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 14
-    for (int i = 0; i < M; ++i) {
-      __m512 v = chained ? total[i][half] : y[i][half];
-      if (to.relu) v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);  // keeps NaN
-      _mm512_mask_storeu_ps(to.out + i * to.stride + 16 * half, mask[half], v);
-    }
-  }
-}
-
-#pragma GCC pop_options
-
-template <bool Folded, int... I>
-constexpr std::array<TileFunction, sizeof...(I)> tiles(std::integer_sequence<int, I...>) {
-  return {tile<Folded ? 2 * (I + 1) : I + 1, Folded>...};
-}
-constexpr auto kTiles = tiles<false>(std::make_integer_sequence<int, kTilePixels>{});           // of 1 to 14 pixels
-constexpr auto kFoldedTiles = tiles<true>(std::make_integer_sequence<int, kTilePixels / 2>{});  // of 2, 4, ... 14
-#else
-constexpr TileFunction kTiles[kTilePixels] = {}, kFoldedTiles[kTilePixels / 2] = {};
-#endif
 
 // ---- how a conv is cut ------------------------------------------------------------------------------------------------
 
 struct Conv {
   int64_t n, c, h, w, k, r, s, out_h, out_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  Panel panel;
   // Set by `planned`:
   bool copied = false;
   int64_t pixel = 0;               // from one pixel to the next of what tiles read: x, or its copy with margins
@@ -137,8 +22,8 @@ struct Conv {
   int64_t last_w = 0;              // width of the last row, if it is another
 
   bool pointwise() const { return r == 1 && s == 1 && !pad_h && !pad_w; }
-  int64_t panels() const { return ceil_div(k, kPanel); }
-  int64_t panel_size() const { return r * s * c * kPanel; }
+  int64_t panels() const { return ceil_div(k, panel.channels); }
+  int64_t panel_size() const { return r * s * c * panel.channels; }
   int64_t reach() const { return (r - 1) * dilation_h + 1; }  // rows under the kernel
   int64_t row() const { return (w + 2 * pad_w) * pixel; }
   int64_t width(int64_t y) const { return last_w && y == out_h - 1 ? last_w : out_w; }
@@ -150,15 +35,16 @@ struct Conv {
   }
 };
 
-// Pixels 4 KiB apart share the 8 ways of one set of the L1 cache: too few for a tile.
-bool crowded(int64_t stride) { return stride % 1024 == 0; }
+// Pixels 4 KiB apart share the 8 ways of one set of the L1 cache.
+bool crowded(int64_t stride, int64_t pixels) { return stride % 1024 == 0 && pixels > 8; }
 
 Conv planned(Conv conv) {
-  const bool crowd = crowded(conv.stride_w * conv.c);
+  const bool crowd = crowded(conv.stride_w * conv.c, conv.panel.pixels);
   conv.line = conv.w * conv.c, conv.image = conv.h * conv.line;
   if (conv.pointwise()) {
+    const int64_t panel_pixels = conv.panel.pixels;
     if (conv.stride_h == 1 && conv.stride_w == 1) {  // images do not matter: one of all pixels, cut into rows that suit
-      const int64_t pixels = conv.n * conv.h * conv.w, width = std::min(pixels, 4 * kTilePixels);
+      const int64_t pixels = conv.n * conv.h * conv.w, width = std::min(pixels, (panel_pixels > 6 ? 4 : 8) * panel_pixels);
       conv.n = 1, conv.h = conv.out_h = ceil_div(pixels, width), conv.w = conv.out_w = width;
       conv.last_w = pixels - width * (conv.h - 1), conv.line = width * conv.c;
     } else if (crowd) {  // only what is read is copied
@@ -213,17 +99,11 @@ void copy_rows(const Conv& conv, const float* image, int64_t first, int64_t coun
   }
 }
 
-struct Operands {
-  const float *x, *weight, *bias, *residual;
-  float* out;
-  bool relu;
-};
-
 // Output rows [first, last) of image n, panels [begin, end); x points to what row `first` reads.
 void run_block(const Conv& conv, const Operands& op, int64_t parts, const float* x, int64_t n, int64_t first, int64_t last,
                int64_t begin, int64_t end) {
-  const int64_t tiles = ceil_div(conv.out_w, kTilePixels);
-  const bool foldable = 2 * conv.out_w <= kTilePixels && !conv.last_w;
+  const int64_t wide = conv.panel.channels, tiles = ceil_div(conv.out_w, conv.panel.pixels), lines = wide / kLine;
+  const bool foldable = 2 * conv.out_w <= conv.panel.pixels && !conv.last_w;
   Reduction sum = conv.reduction();
   const bool from_memory = conv.pixel == conv.c && conv.pointwise();  // x, not a copy
   for (int64_t part = 0, done = 0, offset = 0; part < parts; ++part) {
@@ -242,43 +122,26 @@ void run_block(const Conv& conv, const Operands& op, int64_t parts, const float*
         if (!pixels) continue;
         const float* from = x + offset + (y - first) * sum.fold + column * sum.x_stride;
         const int64_t to = ((n * conv.out_h + y) * conv.out_w + column) * conv.k;
-        const TileFunction function = folded ? kFoldedTiles[pixels / 2 - 1] : kTiles[pixels - 1];
+        const TileFunction function = folded ? conv.panel.folded[pixels / 2 - 1] : conv.panel.tiles[pixels - 1];
         const float* start = part ? op.out : op.residual;
         for (int64_t p = begin; p < end; ++p) {
-          const int64_t channel = p * kPanel;
+          const int64_t channel = p * wide;
           const float *weight = op.weight + p * conv.panel_size() + done, *ahead = from + pixels * sum.x_stride;
-          if (p > begin || !from_memory) {  // the first tiles ask for half each of the next part's or group's weights
-            ahead = weight + (part + 1 < parts ? steps * kPanel : (end - begin) * conv.panel_size() - done);
-            ahead += std::min<int64_t>(seen, 1) * steps * kLine;
+          if (p > begin || !from_memory) {  // the first tiles ask for a part each of the next part's or group's weights
+            ahead = weight + (part + 1 < parts ? steps * wide : (end - begin) * conv.panel_size() - done);
+            ahead += std::min(seen, lines - 1) * steps * kLine;
           }
           function(sum, from, weight,
                    {op.bias && !part ? op.bias + channel : nullptr, start ? start + to + channel : nullptr,
-                    op.out + to + channel, conv.k, std::min(kPanel, conv.k - channel), op.relu && part == parts - 1, ahead});
+                    op.out + to + channel, conv.k, std::min(wide, conv.k - channel), op.relu && part == parts - 1, ahead});
         }
         ++seen;
       }
       y += folded;
     }
-    done += steps * kPanel;
+    done += steps * wide;
   }
 }
-
-// Memory that a thread keeps, for the pages of a new buffer cost as much as what is done with them.
-class Buffer {
- public:
-  explicit Buffer(int64_t size) {
-    constexpr int64_t kMost = 4 << 20;  // 16 MiB
-    thread_local std::vector<float> kept;
-    if (size > kMost) own_.reset(new float[size]);
-    else if (size > int64_t(kept.size())) kept = std::vector<float>(size);
-    data_ = own_ ? own_.get() : kept.data();
-  }
-  float* data() const { return data_; }
-
- private:
-  std::unique_ptr<float[]> own_;
-  float* data_;
-};
 
 // All of x, for convs of many weights and small images: conv then reads it in place.
 void copy_images(Conv& conv, const float* x, float* to) {
@@ -315,38 +178,26 @@ void run(Conv conv, Operands op) {
 
 // ---- operators --------------------------------------------------------------------------------------------------------
 
-bool conv_available() {
-#ifdef FR_CONV
-  return __builtin_cpu_supports("avx512f");
-#else
-  return false;
-#endif
-}
-
-void check_nhwc(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, name, " must be (N, C, H, W), float32");
-  STD_TORCH_CHECK(is_rows(shape_of(t)), name, " must be channels_last");
-}
-
-// (K, C, R, S) -> (panels, R, S, C, 32), the last panel filled up with zeros.
-Tensor conv_pack(const Tensor& weight) {
+// (K, C, R, S) -> (panels, R, S, C, wide), the last panel filled up with zeros.
+Tensor conv_pack(const Tensor& weight, int64_t wide) {
+  panel_of(wide);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, "weight must be (K, C, R, S), float32");
   const auto size = weight.sizes(), stride = weight.strides();
-  const int64_t k = size[0], c = size[1], r = size[2], s = size[3], panels = ceil_div(k, kPanel);
-  const int64_t sizes[] = {panels, r, s, c, kPanel};
-  const int64_t strides[] = {r * s * c * kPanel, s * c * kPanel, c * kPanel, kPanel, 1};
+  const int64_t k = size[0], c = size[1], r = size[2], s = size[3], panels = ceil_div(k, wide);
+  const int64_t sizes[] = {panels, r, s, c, wide};
+  const int64_t strides[] = {r * s * c * wide, s * c * wide, c * wide, wide, 1};
   Tensor packed = new_strided(weight, 5, sizes, strides, dtype_code(weight));
   const float* from = read<float>(weight);
   float* to = write<float>(packed);
   const int64_t sk = stride[0], sc = stride[1], sr = stride[2], ss = stride[3];
   parallel_items(panels, strides[0], false, [=](int64_t p) {
     float* out = to + p * strides[0];
-    const int64_t columns = std::min(kPanel, k - p * kPanel);
+    const int64_t columns = std::min(wide, k - p * wide);
     for (int64_t y = 0; y < r; ++y) {
       for (int64_t x = 0; x < s; ++x) {
-        for (int64_t i = 0; i < c; ++i, out += kPanel) {
-          const float* column = from + p * kPanel * sk + i * sc + y * sr + x * ss;
-          for (int64_t j = 0; j < kPanel; ++j) out[j] = j < columns ? column[j * sk] : 0.0f;
+        for (int64_t i = 0; i < c; ++i, out += wide) {
+          const float* column = from + p * wide * sk + i * sc + y * sr + x * ss;
+          for (int64_t j = 0; j < wide; ++j) out[j] = j < columns ? column[j * sk] : 0.0f;
         }
       }
     }
@@ -354,18 +205,23 @@ Tensor conv_pack(const Tensor& weight) {
   return packed;
 }
 
-// Writes into `out`, which may be the residual.
+// Writes into `out`, which may be the residual. The weight was packed by conv_pack, or by winograd_pack.
 void conv_bias_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const OptionalTensor& residual,
                    const Tensor& out, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
                    int64_t dilation_w, bool relu) {
   STD_TORCH_CHECK(conv_available(), "this CPU has no AVX-512");
   check_nhwc(x, "x");
   check_nhwc(out, "out");
-  STD_TORCH_CHECK(packed.dim() == 5 && packed.scalar_type() == ScalarType::Float && packed.size(4) == kPanel &&
-                      packed.size(3) == x.size(1),
+  const int64_t dims = packed.dim();
+  const bool by_winograd = dims == 6;
+  STD_TORCH_CHECK((dims == 5 || by_winograd) && packed.scalar_type() == ScalarType::Float &&
+                      packed.size(dims - 2) == x.size(1),
                   "weight must be packed for x's channels");
-  Conv conv{x.size(0), x.size(1), x.size(2), x.size(3), out.size(1), packed.size(1), packed.size(2), out.size(2), out.size(3),
-            stride_h,  stride_w,  pad_h,     pad_w,     dilation_h,  dilation_w};
+  STD_TORCH_CHECK(!by_winograd || (stride_h == 1 && stride_w == 1 && dilation_h == 1 && dilation_w == 1),
+                  "a weight packed for Winograd's algorithm serves stride 1 and dilation 1");
+  const int64_t r = by_winograd ? 3 : packed.size(1), s = by_winograd ? 3 : packed.size(2);
+  Conv conv{x.size(0),   x.size(1), x.size(2), x.size(3), out.size(1), r,         s, out.size(2),
+            out.size(3), stride_h,  stride_w,  pad_h,     pad_w,       dilation_h, dilation_w, panel_of(packed.size(dims - 1))};
   STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && pad_h >= 0 && pad_w >= 0 && dilation_h > 0 && dilation_w > 0,
                   "strides and dilations must be positive, paddings not negative");
   STD_TORCH_CHECK(out.size(0) == conv.n && packed.size(0) == conv.panels() &&
@@ -374,8 +230,11 @@ void conv_bias_act(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                   "out must have the sizes of the convolution's result");
   if (residual) check_like(*residual, out, "residual");
   if (out.numel() == 0) return;
-  run(planned(conv), {read<float>(x), read<float>(packed), vector_data<const float>(bias, conv.k, ScalarType::Float, "bias"),
-                   residual ? read<float>(*residual) : nullptr, write<float>(out), relu});
+  const float* shift = vector_data<const float>(bias, conv.k, ScalarType::Float, "bias");
+  const Operands op{read<float>(x),    read<float>(packed), shift, residual ? read<float>(*residual) : nullptr,
+                    write<float>(out), relu};
+  if (by_winograd) return winograd(x, packed, out, pad_h, pad_w, op);
+  run(planned(conv), op);
 }
 
 }  // namespace

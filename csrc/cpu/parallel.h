@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 #include "../math.h"
 
@@ -35,16 +36,22 @@ void parallel_items(int64_t n, int64_t work, bool reverse, const F& f) {
   });
 }
 
-// f(next) on each thread; next() gives the next item of [0, n), or -1. So a thread that another program slows down, or a
+// f(next) on each thread; next() gives the next item of [0, n), or -1. A thread begins with its own share, in order, so that
+// neighbours share what they read; then it takes from the others' shares. So a thread that another program slows down, or a
 // slower core, takes fewer items.
 template <typename F>
 void parallel_dynamic(int64_t n, int64_t work, const F& f) {
-  std::atomic<int64_t> taken{0};
-  const auto next = [&] {
-    const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
-    return item < n ? item : -1;
-  };
-  parallel_ranges(n, work, [&](int64_t, int64_t) { f(next); });
+  const std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[n]());
+  parallel_ranges(n, work, [&](int64_t begin, int64_t) {
+    int64_t seen = 0;
+    f([&] {
+      while (seen < n) {
+        const int64_t item = (begin + seen++) % n;
+        if (!taken[item].exchange(true, std::memory_order_relaxed)) return item;
+      }
+      return int64_t{-1};
+    });
+  });
 }
 
 }  // namespace fused_resnet

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import re
 import sys
 import warnings
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_resnet import buffers
 from fused_resnet.backends import cutlass, library, reference, selfcheck
 from fused_resnet.folding import accumulate_dtype, update_running_stats
 from fused_resnet.ops.checks import is_channels_last
@@ -50,7 +52,8 @@ _SCHEMAS = (
     "second_moments(Tensor rows) -> (Tensor mean, Tensor moments)",
     "cuda_check() -> ()",
     "conv_available() -> bool",
-    "conv_pack(Tensor weight) -> Tensor",
+    "conv_pack(Tensor weight, int panel) -> Tensor",
+    "winograd_pack(Tensor weight, int panel) -> Tensor",
     "conv_check(Tensor x, Tensor weight, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,"
     " int dilation_w) -> ()",
     "conv_bias_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor(a!) out, int stride_h, int stride_w,"
@@ -59,7 +62,7 @@ _SCHEMAS = (
     " Tensor? residual, Tensor(a!) out, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,"
     " int dilation_w, float eps, bool relu) -> ()",
 )
-_PANEL = 32  # output channels that csrc's convolution takes at a time
+_PANEL, _WIDE_PANEL = 32, 64  # output channels that csrc's convolution takes at a time
 _KEPT = 6  # arguments of a choice for weights that are packed once: (weight, *geometry, activation)
 _DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -177,6 +180,19 @@ def conv_unavailable() -> str | None:
     return _load() or (None if _ops.conv_available.default() else "csrc's convolution needs AVX-512")
 
 
+def _is_packed(weight: Tensor) -> bool:
+    return weight.dim() > 4
+
+
+def _by_winograd(weight: Tensor, shape: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> bool:
+    """Whether a conv on inputs of the shape had better take Winograd's algorithm: 4x4 patches for 2x2 outputs."""
+    k, c, *kernel = weight.shape
+    if kernel != [3, 3] or tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or c % 16 or k % _PANEL:
+        return False
+    height, width = (size + 2 * pad - 2 for size, pad in zip(shape[2:], padding, strict=True))
+    return 16 * -(-height // 2) * -(-width // 2) < 0.8 * 9 * height * width
+
+
 def _is_direct(x: Tensor, weight: Tensor, groups: int) -> bool:
     """Whether csrc's own convolution serves the call."""
     if (
@@ -187,7 +203,7 @@ def _is_direct(x: Tensor, weight: Tensor, groups: int) -> bool:
         or conv_unavailable() is not None
     ):
         return False
-    return weight.dim() == 5 or (weight.dtype == x.dtype and x.numel() > 0 and is_channels_last(x))
+    return _is_packed(weight) or (weight.dtype == x.dtype and x.numel() > 0 and is_channels_last(x))
 
 
 def partly(op: str) -> tuple[bool, str] | None:
@@ -197,7 +213,8 @@ def partly(op: str) -> tuple[bool, str] | None:
     reason = conv_unavailable()
     if reason is not None:
         return False, f"on request; {reason}"
-    return True, f"modules, single images: float32, channels_last, output channels in multiples of {_PANEL}"
+    convs = f"float32, channels_last, output channels in multiples of {_PANEL}"
+    return True, f"modules: {convs}; 3x3 with stride 1 by Winograd's algorithm"
 
 
 def on_request(op: str, device_type: str) -> str:
@@ -221,8 +238,6 @@ def slower(primitive: str, x: Tensor, *args: Any) -> str | None:
         return conv_unavailable() or "csrc's convolution is for float32 in channels_last, ungrouped"
     if len(args) > _KEPT:
         return "csrc's convolution would pack the weight at each call"
-    if x.shape[0] > 1:  # ResNet-50, 2 idle cores: 1% behind for one image, 6% for 4, 14% for 8; on busy ones 18% ahead
-        return "oneDNN's fused convolution is faster for batches"
     channels = weight.shape[0]
     return None if channels % _PANEL == 0 else f"csrc's convolution wastes work on {channels} output channels"
 
@@ -495,16 +510,16 @@ def _direct(
     activation: str | None,
 ) -> Tensor:
     """csrc's own convolution of a channels_last x, into `out` or a new tensor."""
-    if weight.dim() == 5:
-        _, r, s, *_ = weight.shape
+    if _is_packed(weight):
+        r, s = (3, 3) if weight.dim() == 6 else weight.shape[1:3]
         channels = bias.shape[0]  # type: ignore[union-attr]
     else:
         channels, _, r, s = weight.shape
-        weight = _ops.conv_pack.default(weight)
+        weight = _ops.conv_pack.default(weight, _PANEL)
     if out is None:
         height = (x.shape[2] + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
         width = (x.shape[3] + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
-        out = x.new_empty((x.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+        out = buffers.empty(x, x.shape[0], channels, height, width)
     if residual is not None:
         residual = _like(residual, out)
     _ops.conv_bias_act.default(x, weight, bias, residual, out, *stride, *padding, *dilation, activation == "relu")
@@ -516,9 +531,24 @@ def packs(x: Tensor, weight: Tensor, *args: Any) -> bool:
     return _by_cutlass("conv_bias_act", x, weight, None, *args[-5:-1]) or _is_direct(x, weight, args[-2])
 
 
-def pack(weight: Tensor, *_: Any) -> Tensor:
-    """A (K, C, R, S) weight as csrc's conv reads it: (panels of 32 channels, R, S, C, 32); on CUDA `cutlass.pack`'s."""
-    return cutlass.pack(weight) if weight.is_cuda else _ops.conv_pack.default(weight)
+def pack(
+    weight: Tensor,
+    input_shape: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """A (K, C, R, S) weight as csrc's convolution reads it: (panels of 32 or 64 channels, R, S, C, 32 or 64);
+    transformed for Winograd's algorithm, where that serves inputs of the shape, (panels, 4, 4, 1, C, 32 or 64). Either
+    serves all shapes. On CUDA `cutlass.pack`'s."""
+    if weight.is_cuda:
+        return cutlass.pack(weight)
+    if _by_winograd(weight, input_shape, stride, padding, dilation):
+        return _ops.winograd_pack.default(weight, _PANEL)
+    pointwise = tuple(weight.shape[2:]) == tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
+    wide = pointwise and weight.shape[0] % _WIDE_PANEL == 0 and input_shape[0] * math.prod(input_shape[2:]) >= 14 * 14
+    return _ops.conv_pack.default(weight, _WIDE_PANEL if wide else _PANEL)
 
 
 def conv_bn_act_forward(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fused_resnet import batchnorm, dispatch, ops
 from fused_resnet.blocks import BasicBlock, Bottleneck, run_blocks
+from fused_resnet.buffers import Buffers
 from fused_resnet.models.common import (
     DeepStem,
     PlainBlock,
@@ -89,6 +90,7 @@ class ResNet(FusedModule):
                 raise ValueError(f"a plain network has BasicBlock's convs, got {block.__name__}")
             block = PlainBlock
         self._shortcut, self._pooled = shortcut, pooled_shortcut
+        self._outputs = Buffers()
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self.inplanes = 64
         self.dilation = 1
@@ -193,11 +195,13 @@ class ResNet(FusedModule):
             and dispatch.prefers_channels_last(x)
         ):
             x = x.contiguous(memory_format=torch.channels_last)  # once, here: every block keeps the layout
-        x = self._stem(x)
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
         if self._fused and not torch.is_grad_enabled() and not is_traced(x) and call_reason() is None:
-            x = run_blocks(stages, x, overwrite=type(self.maxpool) is nn.MaxPool2d and not is_watched(self.maxpool))
+            with self._outputs.reused():
+                pooled = type(self.maxpool) is nn.MaxPool2d and not is_watched(self.maxpool)
+                x = run_blocks(stages, self._stem(x), overwrite=pooled)
         else:
+            x = self._stem(x)
             for stage in stages:
                 x = stage(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -1,0 +1,181 @@
+// A tile of a float32 matrix product in registers (AVX-512), on which the convolutions for inference are built.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "parallel.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FR_CONV 1
+#include <immintrin.h>
+#endif
+
+namespace fused_resnet {
+
+constexpr int64_t kChain = 256;  // products that are added up one after the other
+constexpr int64_t kLine = 16;    // floats of a cache line
+constexpr int64_t kAhead = 8;    // steps, of the weights asked for
+
+// `rows` x `runs` runs of `length` floats of x, `row_step` and `run_step` apart; pixels of x are `x_stride` apart, and the
+// second half of a tile of two output rows stands `fold` after the first.
+struct Reduction { int64_t rows, runs, length, row_step, run_step, x_stride, fold; };
+
+struct Target {
+  const float *bias, *sum;  // what the tile starts from; nullptr: 0
+  float* out;
+  int64_t stride, columns;  // of out and sum from pixel to pixel; channels that there are of the panel's
+  bool relu;
+  const float* ahead;  // what is read later; each step asks for a cache line of it
+};
+
+using TileFunction = void (*)(const Reduction&, const float* x, const float* weight, const Target&);
+
+// y = bias + sum + x w over a Reduction, for M pixels and a panel's channels.
+#ifdef FR_CONV
+#pragma GCC push_options
+#pragma GCC target("avx512f")
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // `total`, which is read only where it was written
+template <int M, int V, bool Folded>
+void tile(const Reduction& sum, const float* x, const float* w, const Target& to) {
+  __m512 y[M][V];
+  __mmask16 mask[V];
+#pragma GCC unroll 4
+  for (int half = 0; half < V; ++half) {
+    const int64_t first = 16 * half, columns = std::clamp<int64_t>(to.columns - first, 0, 16);
+    mask[half] = __mmask16((1u << columns) - 1);
+    const __m512 bias = to.bias ? _mm512_maskz_loadu_ps(mask[half], to.bias + first) : _mm512_setzero_ps();
+#pragma GCC unroll 14
+    for (int i = 0; i < M; ++i) {
+      y[i][half] = bias;
+      if (to.sum) y[i][half] = _mm512_add_ps(bias, _mm512_maskz_loadu_ps(mask[half], to.sum + i * to.stride + first));
+    }
+  }
+  const int64_t stride = sum.x_stride, fold = Folded ? sum.fold - M / 2 * stride : 0;
+  __m512 total[M][V];  // rounding errors grow with the length of a chain of additions, so that none is long
+  bool chained = false;
+  const auto add_up = [&] {
+#pragma GCC unroll 14
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+      for (int half = 0; half < V; ++half) {
+        total[i][half] = chained ? _mm512_add_ps(total[i][half], y[i][half]) : y[i][half];
+        y[i][half] = _mm512_setzero_ps();
+      }
+    }
+    chained = true;
+  };
+  int64_t left = kChain;
+  const float* ahead = to.ahead;
+  for (int64_t row = 0; row < sum.rows; ++row) {
+    for (int64_t run = 0; run < sum.runs; ++run) {
+      const float* v = x + row * sum.row_step + run * sum.run_step;
+      for (int64_t begin = 0; begin < sum.length; begin += kChain) {
+        const int64_t length = std::min(kChain, sum.length - begin);
+        if (length > left) add_up(), left = kChain;
+        left -= length;
+        for (int64_t k = 0; k < length; ++k, ++v, w += V * kLine, ahead += kLine) {
+          __m512 weight[V];
+          _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+#pragma GCC unroll 4
+          for (int j = 0; j < V; ++j) {
+            weight[j] = _mm512_loadu_ps(w + j * kLine);
+            _mm_prefetch(reinterpret_cast<const char*>(w + (kAhead * V + j) * kLine), _MM_HINT_T0);
+          }
+#pragma GCC unroll 14
+          for (int i = 0; i < M; ++i) {
+            const __m512 a = _mm512_set1_ps(v[i * stride + (Folded && i >= M / 2 ? fold : 0)]);
+#pragma GCC unroll 4
+            for (int j = 0; j < V; ++j) y[i][j] = _mm512_fmadd_ps(a, weight[j], y[i][j]);
+          }
+        }
+      }
+    }
+  }
+  if (chained) add_up();
+#pragma GCC unroll 4
+  for (int half = 0; half < V; ++half) {
+#pragma GCC unroll 14
+    for (int i = 0; i < M; ++i) {
+      __m512 v = chained ? total[i][half] : y[i][half];
+      if (to.relu) v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);  // keeps NaN
+      _mm512_mask_storeu_ps(to.out + i * to.stride + 16 * half, mask[half], v);
+    }
+  }
+}
+
+#pragma GCC pop_options
+
+template <int V, bool Folded, int... I>
+constexpr std::array<TileFunction, sizeof...(I)> tiles(std::integer_sequence<int, I...>) {
+  return {tile<Folded ? 2 * (I + 1) : I + 1, V, Folded>...};
+}
+template <int V, int Most>
+constexpr auto kTiles = tiles<V, false>(std::make_integer_sequence<int, Most>{});  // of 1 to Most pixels
+template <int V, int Most>
+constexpr auto kFoldedTiles = tiles<V, true>(std::make_integer_sequence<int, Most / 2>{});  // of 2, 4, ... pixels
+#else
+template <int V, int Most>
+constexpr TileFunction kTiles[Most] = {}, kFoldedTiles[Most] = {};
+#endif
+
+// Output channels of packed weights that stand together, and the tiles that read them. Tiles of 6 pixels x 64 channels load
+// least for each product; those of 14 x 32 fit rows of 28 and 56 pixels.
+struct Panel {
+  int64_t channels, pixels;  // pixels: at most
+  const TileFunction *tiles, *folded;
+};
+
+inline Panel panel_of(int64_t channels) {
+  STD_TORCH_CHECK(channels == 32 || channels == 64, "weights are packed in panels of 32 or 64 channels");
+  if (channels == 32) return {32, 14, &kTiles<2, 14>[0], &kFoldedTiles<2, 14>[0]};
+  return {64, 6, &kTiles<4, 6>[0], &kFoldedTiles<4, 6>[0]};
+}
+
+// Memory that a thread keeps, for the pages of a new buffer cost as much as what is done with them.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) {
+    constexpr int64_t kMost = 4 << 20;  // 16 MiB
+    thread_local std::vector<float> kept;
+    if (size > kMost) own_.reset(new float[size]);
+    else if (size > int64_t(kept.size())) kept = std::vector<float>(size);
+    data_ = own_ ? own_.get() : kept.data();
+  }
+  float* data() const { return data_; }
+
+ private:
+  std::unique_ptr<float[]> own_;
+  float* data_;
+};
+
+struct Operands {
+  const float *x, *weight, *bias, *residual;
+  float* out;
+  bool relu;
+};
+
+// winograd.cpp; shapes are checked, and out is not empty.
+void winograd(const Tensor& x, const Tensor& packed, const Tensor& out, int64_t pad_h, int64_t pad_w, const Operands& op);
+
+// What is checked
+
+inline bool conv_available() {
+#ifdef FR_CONV
+  return __builtin_cpu_supports("avx512f");
+#else
+  return false;
+#endif
+}
+
+inline void check_nhwc(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, name, " must be (N, C, H, W), float32");
+  STD_TORCH_CHECK(is_rows(shape_of(t)), name, " must be channels_last");
+}
+
+}  // namespace fused_resnet
