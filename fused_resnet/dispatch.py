@@ -91,13 +91,15 @@ class Choice(NamedTuple):
     """The backend that serves a call, its function, and why each backend before it in the order does not.
 
     `pack` is set where the backend wants BN folded into the weight, and packs such a weight for its convolution;
-    `onto_residual` is then its conv_bias_act_forward that may write over the residual.
+    `onto_residual` is then its conv_bias_act_forward that may write over the residual, `relu_pool` makes a stem's conv
+    with ReLU and max pool, where there is one.
     """
 
     backend: str
     function: Callable[..., Any]
     pack: Callable[..., Tensor] | None = None
     onto_residual: Callable[..., Tensor] | None = None
+    relu_pool: Callable[..., Callable[[Tensor], Tensor] | None] | None = None
     skipped: tuple[tuple[str, str], ...] = ()
 
 
@@ -260,7 +262,8 @@ def _choice(
     packs = primitive == "conv_bias_act_forward" and getattr(module, "packs", None)
     if not packs or not packs(x, *args):
         return Choice(name, function, skipped=skipped)
-    return Choice(name, function, module.pack, module.conv_bias_act_onto_residual, skipped)
+    relu_pool = getattr(module, "relu_pool", None)
+    return Choice(name, function, module.pack, module.conv_bias_act_onto_residual, relu_pool, skipped)
 
 
 def call(primitive: str, x: Tensor, *args: Any, backend: str | None = None) -> Any:

@@ -9,13 +9,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from fused_resnet import dispatch, ops
 from fused_resnet.buffers import Buffers
 from fused_resnet.export.plain import PlainModel, folded_copy
 from fused_resnet.folding import FOLDED
 from fused_resnet.fusion.match import Matcher
-from fused_resnet.modules import Call, has_pairs, packed_call
+from fused_resnet.modules import Call, folded_call, has_pairs
 from fused_resnet.ops.checks import autocast_dtype, is_channels_last, is_traced
 from fused_resnet.ops.conv_bias_act import check_conv, conv_layout
 
@@ -24,27 +25,29 @@ _KEPT = 64  # situations of a conv, or shapes of an engine, that are remembered
 
 
 class FrozenConv(nn.Module):
-    """act(conv(x) + bias + residual); the weight is packed once per backend and dtype, for inputs of any size.
+    """act(conv(x) + bias + residual), and max_pool2d(., 3, 2, 1) where it is `pooled`; the weight is packed once per
+    backend and dtype, for inputs of any size.
 
     Args:
         conv: an nn.Conv2d with zero padding; its parameters become this module's.
         activation: "relu" or None.
+        pooled: whether a network's max pool follows.
 
     `overwrites`, False at first: nobody else reads the residual, so that the result may be written over it.
     """
 
-    def __init__(self, conv: nn.Conv2d, activation: str | None = None) -> None:
+    def __init__(self, conv: nn.Conv2d, activation: str | None = None, pooled: bool = False) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self.geometry = cast("Any", (conv.stride, conv.padding, conv.dilation, conv.groups))
-        self.activation, self.overwrites = activation, False
+        self.activation, self.pooled, self.overwrites = activation, pooled, False
         self._packed: dict[Any, Call] = {}
         self._calls: dict[Any, Call] = {}
 
     def extra_repr(self) -> str:
         stride, padding, dilation, groups = self.geometry
         shape = f"{tuple(self.weight.shape)}, stride={stride}, padding={padding}, dilation={dilation}, groups={groups}"
-        return f"{shape}, activation={self.activation!r}"
+        return f"{shape}, activation={self.activation!r}" + ", pooled" * self.pooled
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}, "_calls": {}}
@@ -62,7 +65,8 @@ class FrozenConv(nn.Module):
         if is_traced(x):
             stride, padding, dilation, groups = self.geometry
             options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-            return ops.conv_bias_act(x, self.weight, self.bias, residual, activation=self.activation, **options)
+            y = ops.conv_bias_act(x, self.weight, self.bias, residual, activation=self.activation, **options)
+            return F.max_pool2d(y, 3, 2, 1) if self.pooled else y
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a frozen model has no gradients: call it under torch.no_grad(), or keep the model")
         dtype = autocast_dtype(x)
@@ -85,16 +89,12 @@ class FrozenConv(nn.Module):
     def _prepare(self, x: Tensor) -> Call:
         weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        options = (*self.geometry, self.activation)
-        choice = dispatch.choose("conv_bias_act_forward", x, weight, *options)
-        packs = choice.pack is not None and is_channels_last(x)
-        key = (choice.backend, x.dtype, x.device, packs)
+        choice = dispatch.choose("conv_bias_act_forward", x, weight, *self.geometry, self.activation)
+        key = (choice.backend, x.dtype, x.device, is_channels_last(x))
         call = self._packed.get(key)
         if call is None:
-            if choice.pack is not None and packs:
-                weight = choice.pack(weight, tuple(x.shape), *self.geometry)
-                bias = x.new_zeros(self.weight.shape[0]) if bias is None else bias
-            call = self._packed[key] = packed_call(choice, weight, bias, *options)
+            call = folded_call(choice, x, weight, bias, self.geometry, self.activation, self.pooled)
+            self._packed[key] = call
         return call
 
 
@@ -144,15 +144,17 @@ def freeze(model: nn.Module, *, engine: str | None = None) -> nn.Module:
 
 
 def _fuse(frozen: fx.GraphModule) -> list[tuple[str, str]]:
-    """Replace each conv, and the addition and ReLU that alone read it, by a FrozenConv."""
+    """Replace each conv, and the addition and ReLU, or ReLU and max pool, that alone read it, by a FrozenConv."""
     matcher = Matcher(frozen, frozen.graph)
     calls = Counter(matcher.module(node) for node in matcher.nodes)
     chains = []
     for node in matcher.nodes:
         chain, conv = matcher.behind_conv(node), cast(nn.Conv2d, matcher.module(node))
         if chain is not None and calls[conv] == 1 and has_pairs(conv):
-            chains.append((chain, FrozenConv(conv, "relu" if chain.relu else None)))
-            matcher.claimed.update(chain.nodes)
+            pooled = matcher.with_pool(chain)
+            module = FrozenConv(conv, "relu" if chain.relu else None, pooled=pooled is not None)
+            chains.append((pooled or chain, module))
+            matcher.claimed.update(chains[-1][0].nodes)
     found: list[tuple[str, str]] = []
     renamed: dict[fx.Node, fx.Node] = {}
     for chain, module in chains:
@@ -166,6 +168,7 @@ def _fuse(frozen: fx.GraphModule) -> list[tuple[str, str]]:
         for old in reversed(chain.nodes):
             frozen.graph.erase_node(old)
         parts = ("conv", *(["add"] if chain.add is not None else []), *(["relu"] if chain.relu else []))
+        parts += ("max pool",) if module.pooled else ()
         found.append((target, " + ".join(parts)))
     matcher = Matcher(frozen, frozen.graph, fresh=(FrozenConv,))
     for node in renamed.values():

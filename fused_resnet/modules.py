@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy, Tracer
+from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_resnet import batchnorm, dispatch, ops
@@ -213,8 +214,10 @@ class FusedModule(nn.Module):
         scale: Tensor | None = None,
         overwrite: bool = False,
         calls: dict[str, Call] | None = None,
+        pooled: bool = False,
     ) -> Tensor | None:
-        """The unit with kept folded weights; None where the backend does not fold, or for the op to refuse."""
+        """The unit with kept folded weights; None where the backend does not fold, or for the op to refuse. `pooled`:
+        and max_pool2d(., 3, 2, 1) behind it."""
         weight = conv.weight
         if not x.dim() == weight.dim() == 4 or x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device:
             return None
@@ -235,13 +238,12 @@ class FusedModule(nn.Module):
         choice = dispatch.choose("conv_bias_act_forward", x, weight, *geometry, activation)
         if choice.pack is None:
             return None
-        channels_last = is_channels_last(x)
-        kept = f"{name}, {choice.backend}"  # shapes may have their own
+        kept = f"{name}{', pooled' * pooled}, {choice.backend}"  # shapes may have their own
         cache = self._folded.get(kept)
         if cache is None:
             cache = self._folded[kept] = FoldCache()
         tensors = (weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, scale)
-        key = (x.dtype, channels_last, bn.eps, geometry, activation)
+        key = (x.dtype, is_channels_last(x), bn.eps, geometry, activation)
         call = cache.get(tensors, key)
         if call is None:
             stamp = cache.stamp(tensors)
@@ -250,17 +252,36 @@ class FusedModule(nn.Module):
             gamma, beta = batchnorm.affine(bn, scale)
             mean, var = cast("tuple[Tensor, Tensor]", (bn.running_mean, bn.running_var))
             w, b = fold(weight, conv.bias, gamma, beta, mean, var, bn.eps, x.dtype)
-            packed = choice.pack(w, tuple(x.shape), *geometry) if channels_last else w
-            call = packed_call(choice, packed, b, *geometry, activation)
+            call = folded_call(choice, x, w, b, geometry, activation, pooled)
             cache.put(stamp, key, call)
         if calls is not None:
             calls[name] = call
         return call(x, residual, overwrite)
 
 
-def packed_call(choice: dispatch.Choice, weight: Tensor, bias: Tensor | None, *options: Any) -> Call:
-    """The chosen backend's convolution of one weight: (x, residual, may it write over the residual) to the output."""
-    function, onto_residual = choice.function, choice.onto_residual
+def folded_call(
+    choice: dispatch.Choice,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...],
+    activation: str | None,
+    pooled: bool = False,
+) -> Call:
+    """The chosen backend's convolution of one weight, packed for tensors like x, and max_pool2d(., 3, 2, 1) if it is
+    pooled: (x, residual, may it write over the residual) to the output."""
+    function, onto_residual, options = choice.function, choice.onto_residual, (*geometry, activation)
+    channels_last = is_channels_last(x)
+    if pooled:
+        make = choice.relu_pool if channels_last and activation == "relu" else None
+        at_once = None if make is None else make(x, weight, bias, *geometry)
+        if at_once is not None:
+            return lambda x, residual, overwrite: at_once(x)
+        conv = folded_call(choice, x, weight, bias, geometry, activation)
+        return lambda x, residual, overwrite: F.max_pool2d(conv(x, residual, overwrite), 3, 2, 1)
+    if choice.pack is not None and channels_last:
+        bias = x.new_zeros(weight.shape[0]) if bias is None else bias
+        weight = choice.pack(weight, tuple(x.shape), *geometry)
 
     def call(x: Tensor, residual: Tensor | None, overwrite: bool) -> Tensor:
         if overwrite and residual is not None and onto_residual is not None:

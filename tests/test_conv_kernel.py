@@ -123,6 +123,48 @@ def test_any_shape(data: st.DataObject, conv: Callable[..., Tensor]) -> None:
     check(draw(1, 3), draw(1, 40), size, draw(1, 70), kernel, stride, padding, dilation, conv)
 
 
+POOLED = {
+    "a stem": (2, 3, (37, 45), 64, (7, 7), (2, 2), (3, 3), (1, 1)),
+    "several rows of several blocks": (1, 3, (224, 120), 64, (7, 7), (2, 2), (3, 3), (1, 1)),
+    "a deep stem": (2, 32, (22, 19), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "no padding": (1, 4, (12, 13), 43, (3, 3), (1, 2), (0, 0), (1, 1)),
+    "one row": (1, 5, (1, 9), 16, (1, 5), (1, 1), (0, 2), (1, 1)),
+    "one output": (3, 2, (2, 2), 7, (2, 2), (1, 1), (0, 0), (1, 1)),
+    "long rows": (1, 2, (9, 1700), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", POOLED.values(), ids=POOLED)
+def test_pooled(shape: Any, biased: bool) -> None:
+    """Bit for bit the conv's own output, pooled; NaN and all."""
+    n, c, size, k, kernel, *geometry = shape
+    x, weight, bias = channels_last(n, c, *size), torch.randn(k, c, *kernel), torch.randn(k) if biased else None
+    x[0, 0, 0, -1] = torch.nan
+    expected = F.max_pool2d(conv(x, weight, bias, None, *geometry, "relu"), 3, 2, 1)
+    make = cpp.relu_pool(x, weight, bias, *geometry, 1)
+    assert make is not None
+    for count in (1, 2):
+        with threads(count):
+            y = make(x)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert expected.isnan().any()
+
+
+def test_what_is_not_pooled_at_once() -> None:
+    x = channels_last(1, 8, 6, 6)
+    for weight, groups in ((torch.randn(32, 8, 1, 1), 1), (torch.randn(32, 4, 3, 3), 2)):
+        assert cpp.relu_pool(x, weight, None, (1, 1), (1, 1), (1, 1), groups) is None
+    assert cpp.relu_pool(x.double(), torch.randn(32, 8, 3, 3).double(), None, (1, 1), (1, 1), (1, 1), 1) is None
+    packed = cpp._ops.conv_pack(torch.randn(32, 8, 1, 1), 32)
+    with pytest.raises(RuntimeError, match="larger than 1x1"):
+        torch.ops.fused_resnet_cpp.conv_relu_pool(x, packed, None, channels_last(1, 32, 3, 3), 1, 1, 0, 0, 1, 1)
+    packed = cpp._ops.conv_pack(torch.randn(32, 8, 3, 3), 32)
+    with pytest.raises(RuntimeError, match="sizes of the convolution's result"):
+        torch.ops.fused_resnet_cpp.conv_relu_pool(x, packed, None, channels_last(1, 32, 6, 6), 1, 1, 1, 1, 1, 1)
+
+
 WINOGRAD = {
     "one block": (1, 32, (6, 8), 64, (1, 1)),
     "odd sizes, several blocks": (3, 48, (17, 21), 96, (1, 1)),

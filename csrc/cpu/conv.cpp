@@ -176,6 +176,63 @@ void run(Conv conv, Operands op) {
   });
 }
 
+// ---- the stem ---------------------------------------------------------------------------------------------------------
+
+// The largest values of windows of 3x3 with stride 2 and padding 1. Of what a ReLU gives the bits order as the values do, and
+// NaN is the largest.
+#ifdef FR_CONV
+#pragma GCC push_options
+#pragma GCC target("avx512f")
+void pool_row(const float* top, int64_t rows, int64_t width, int64_t channels, float* out) {
+  for (int64_t q = 0; q < ceil_div(width, 2); ++q, out += channels) {
+    const int64_t first = std::max<int64_t>(2 * q - 1, 0), last = std::min(2 * q + 2, width);
+    for (int64_t c = 0; c < channels; c += 16) {
+      const __mmask16 mask = __mmask16((1u << std::min<int64_t>(channels - c, 16)) - 1);
+      __m512i most = _mm512_setzero_si512();
+      for (int64_t y = 0; y < rows; ++y) {
+        for (int64_t x = first; x < last; ++x) {
+          most = _mm512_max_epu32(most, _mm512_maskz_loadu_epi32(mask, top + (y * width + x) * channels + c));
+        }
+      }
+      _mm512_mask_storeu_epi32(out + c, mask, most);
+    }
+  }
+}
+#pragma GCC pop_options
+#else
+void pool_row(const float*, int64_t, int64_t, int64_t, float*) {}
+#endif
+
+// Rows of the conv's output stay in the L2 cache until they are pooled.
+void run_pooled(const Conv& conv, const Operands& op) {
+  constexpr int64_t kOutput = 96 * 1024;  // floats of an item's rows
+  const int64_t height = ceil_div(conv.out_h, 2), width = ceil_div(conv.out_w, 2), row = conv.out_w * conv.k;
+  const int64_t most = std::max<int64_t>(1, (kOutput / row - 1) / 2), per_image = ceil_div(height, most);
+  const int64_t steps = conv.panels() * conv.panel_size();
+  parallel_dynamic(conv.n * per_image, conv.out_h * conv.out_w * steps / per_image / 16, [&](const auto& next) {
+    const int64_t rows = 2 * ceil_div(height, per_image) + 1;
+    const int64_t copied = conv.copied ? ((rows - 1) * conv.stride_h + conv.reach()) * conv.row() : 0;
+    const Buffer buffer(copied + rows * row);
+    float* y = buffer.data() + copied;
+    for (int64_t item = next(); item >= 0; item = next()) {
+      const int64_t n = item / per_image, part = item % per_image;
+      const int64_t begin = height * part / per_image, end = height * (part + 1) / per_image;
+      const int64_t first = std::max<int64_t>(2 * begin - 1, 0), last = std::min(2 * end, conv.out_h);
+      const float *image = op.x + n * conv.image, *x = image + first * conv.stride_h * conv.line;
+      if (conv.copied) {
+        copy_rows(conv, image, first * conv.stride_h, (last - first - 1) * conv.stride_h + conv.reach(), buffer.data());
+        x = buffer.data();
+      }
+      run_block(conv, {x, op.weight, op.bias, nullptr, y, true}, 1, x, 0, 0, last - first, 0, conv.panels());
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t top = std::max<int64_t>(2 * p - 1, 0);
+        pool_row(y + (top - first) * row, std::min(2 * p + 2, conv.out_h) - top, conv.out_w, conv.k,
+                 op.out + (n * height + p) * width * conv.k);
+      }
+    }
+  });
+}
+
 // ---- operators --------------------------------------------------------------------------------------------------------
 
 // (K, C, R, S) -> (panels, R, S, C, wide), the last panel filled up with zeros.
@@ -205,10 +262,9 @@ Tensor conv_pack(const Tensor& weight, int64_t wide) {
   return packed;
 }
 
-// Writes into `out`, which may be the residual. The weight was packed by conv_pack, or by winograd_pack.
-void conv_bias_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const OptionalTensor& residual,
-                   const Tensor& out, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
-                   int64_t dilation_w, bool relu) {
+void convolve(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const OptionalTensor& residual,
+              const Tensor& out, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
+              int64_t dilation_w, bool relu, bool pool) {
   STD_TORCH_CHECK(conv_available(), "this CPU has no AVX-512");
   check_nhwc(x, "x");
   check_nhwc(out, "out");
@@ -220,21 +276,38 @@ void conv_bias_act(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   STD_TORCH_CHECK(!by_winograd || (stride_h == 1 && stride_w == 1 && dilation_h == 1 && dilation_w == 1),
                   "a weight packed for Winograd's algorithm serves stride 1 and dilation 1");
   const int64_t r = by_winograd ? 3 : packed.size(1), s = by_winograd ? 3 : packed.size(2);
-  Conv conv{x.size(0),   x.size(1), x.size(2), x.size(3), out.size(1), r,         s, out.size(2),
-            out.size(3), stride_h,  stride_w,  pad_h,     pad_w,       dilation_h, dilation_w, panel_of(packed.size(dims - 1))};
   STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && pad_h >= 0 && pad_w >= 0 && dilation_h > 0 && dilation_w > 0,
                   "strides and dilations must be positive, paddings not negative");
+  const int64_t out_h = conv_extent(x.size(2), pad_h, dilation_h, r, stride_h);
+  const int64_t out_w = conv_extent(x.size(3), pad_w, dilation_w, s, stride_w);
+  Conv conv{x.size(0), x.size(1), x.size(2), x.size(3), out.size(1), r,          s,          out_h,
+            out_w,     stride_h,  stride_w,  pad_h,     pad_w,       dilation_h, dilation_w, panel_of(packed.size(dims - 1))};
   STD_TORCH_CHECK(out.size(0) == conv.n && packed.size(0) == conv.panels() &&
-                      conv.out_h == conv_extent(conv.h, pad_h, dilation_h, conv.r, stride_h) &&
-                      conv.out_w == conv_extent(conv.w, pad_w, dilation_w, conv.s, stride_w),
+                      out.size(2) == (pool ? ceil_div(out_h, 2) : out_h) && out.size(3) == (pool ? ceil_div(out_w, 2) : out_w),
                   "out must have the sizes of the convolution's result");
+  STD_TORCH_CHECK(!pool || (!by_winograd && !conv.pointwise()),
+                  "what is pooled has a kernel larger than 1x1, not packed for Winograd's algorithm");
   if (residual) check_like(*residual, out, "residual");
   if (out.numel() == 0) return;
   const float* shift = vector_data<const float>(bias, conv.k, ScalarType::Float, "bias");
   const Operands op{read<float>(x),    read<float>(packed), shift, residual ? read<float>(*residual) : nullptr,
                     write<float>(out), relu};
   if (by_winograd) return winograd(x, packed, out, pad_h, pad_w, op);
-  run(planned(conv), op);
+  conv = planned(conv);
+  pool ? run_pooled(conv, op) : run(conv, op);
+}
+
+// Writes into `out`, which may be the residual. The weight was packed by conv_pack, or by winograd_pack.
+void conv_bias_act(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const OptionalTensor& residual,
+                   const Tensor& out, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
+                   int64_t dilation_w, bool relu) {
+  convolve(x, packed, bias, residual, out, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, relu, false);
+}
+
+// Of relu(conv(x) + bias) the largest values in windows of 3x3 with stride 2 and padding 1, into `out`.
+void conv_relu_pool(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const Tensor& out, int64_t stride_h,
+                    int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w) {
+  convolve(x, packed, bias, {}, out, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, true, true);
 }
 
 }  // namespace
@@ -243,6 +316,7 @@ void conv_bias_act(const Tensor& x, const Tensor& packed, const OptionalTensor& 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpp, CPU, m) {
   m.impl("conv_pack", TORCH_BOX(&fused_resnet::conv_pack));
   m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));
+  m.impl("conv_relu_pool", TORCH_BOX(&fused_resnet::conv_relu_pool));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpp, CompositeExplicitAutograd, m) {

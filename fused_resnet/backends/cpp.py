@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, overload
 
@@ -58,6 +59,8 @@ _SCHEMAS = (
     " int dilation_w) -> ()",
     "conv_bias_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor(a!) out, int stride_h, int stride_w,"
     " int pad_h, int pad_w, int dilation_h, int dilation_w, bool relu) -> ()",
+    "conv_relu_pool(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out, int stride_h, int stride_w, int pad_h,"
+    " int pad_w, int dilation_h, int dilation_w) -> ()",
     "conv_bn_act(Tensor x, Tensor packed, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
     " Tensor? residual, Tensor(a!) out, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,"
     " int dilation_w, float eps, bool relu) -> ()",
@@ -524,6 +527,32 @@ def _direct(
         residual = _like(residual, out)
     _ops.conv_bias_act.default(x, weight, bias, residual, out, *stride, *padding, *dilation, activation == "relu")
     return out
+
+
+def relu_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Callable[[Tensor], Tensor] | None:
+    """max_pool2d(relu(conv(x) + bias), 3, 2, 1) in one pass, as a function of tensors like x, the weight packed once;
+    None where there is none."""
+    channels, _, *kernel = weight.shape
+    if kernel == [1, 1] or not _is_direct(x, weight, groups):
+        return None
+    packed = _ops.conv_pack.default(weight, _PANEL)
+
+    def run(x: Tensor) -> Tensor:
+        sizes = (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1 for i in range(2))
+        height, width = (-(-(size // stride[i] + 1) // 2) for i, size in enumerate(sizes))
+        out = buffers.empty(x, x.shape[0], channels, height, width)
+        _ops.conv_relu_pool.default(x, packed, bias, out, *stride, *padding, *dilation)
+        return out
+
+    return run
 
 
 def packs(x: Tensor, weight: Tensor, *args: Any) -> bool:

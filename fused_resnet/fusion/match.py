@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fused_resnet.fusion.guards import child, has_hooks
 from fused_resnet.fusion.norms import looks_like_norm, norm_kind, own_act
+from fused_resnet.ops.checks import is_stem_pool
 
 _ADDS = {operator.add, operator.iadd, torch.add}
 _RELUS = {F.relu, torch.relu, torch.relu_, F.relu_}
@@ -146,6 +147,15 @@ class Matcher:
             if self.hazard(chain) is None:
                 return chain
         return Chain((conv,), conv.args[0], None, conv, None, None, False)  # type: ignore[arg-type]
+
+    def with_pool(self, chain: Chain) -> Chain | None:
+        """A chain that ends in a ReLU and adds nothing, and a max pool (3x3, stride 2, padding 1) behind it."""
+        pool = self._sole_user(chain.nodes[-1]) if chain.relu and chain.add is None else None
+        module = self.module(pool)
+        if pool is None or type(module) is not nn.MaxPool2d or module_reason(module, "") or self._call_reason(pool):
+            return None
+        longer = chain._replace(nodes=(*chain.nodes, pool))
+        return longer if is_stem_pool(module) and self.hazard(longer) is None else None
 
     def is_last_reader(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether a value surely has memory of its own, which nothing behind a node reads."""

@@ -29,7 +29,7 @@ from fused_resnet.models.common import (
 )
 from fused_resnet.models.weights import load_weights
 from fused_resnet.modules import FusedModule, Units, call_reason, is_watched, unfused_reason
-from fused_resnet.ops.checks import is_traced, needs_grad
+from fused_resnet.ops.checks import is_stem_pool, is_traced, needs_grad
 from fused_resnet.ops.conv_bias_act import check_conv
 
 
@@ -170,6 +170,10 @@ class ResNet(FusedModule):
                     momentum=batchnorm.batch_momentum(bn),
                     eps=bn.eps,
                 )
+            if not is_traced(x):
+                y = self._infer("conv1", x, conv, bn, "relu", None, pooled=True)
+                if y is not None:
+                    return y
         return self.maxpool(self._conv_bn_act("conv1", x, last, self.bn1, self.relu))
 
     def _pools_at_once(self, x: Tensor, conv: nn.Module) -> bool:
@@ -177,10 +181,9 @@ class ResNet(FusedModule):
         pool = self.maxpool
         if not self._fused or isinstance(x, Proxy) or x.dim() != 4 or unfused_reason(conv, self.bn1, self.relu):
             return False
-        if type(pool) is not nn.MaxPool2d or is_watched(pool) or pool.ceil_mode or pool.return_indices:
+        if type(pool) is not nn.MaxPool2d or is_watched(pool) or not is_stem_pool(pool):
             return False
-        geometry = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-        return geometry == (3, 2, 1, 1) and dispatch.is_fused("bn_act_pool", x.device.type)
+        return dispatch.is_fused("bn_act_pool", x.device.type)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, in_channels, H, W), NCHW or channels_last, to logits (N, num_classes)."""

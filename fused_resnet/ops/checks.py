@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 ACTIVATIONS = ("relu", None)
@@ -89,6 +89,13 @@ def conv_output_shape(
         for i in range(2)
     )
     return x.shape[0], weight.shape[0], height, width
+
+
+def is_stem_pool(pool: nn.MaxPool2d) -> bool:
+    """Whether it is max_pool2d(x, 3, 2, 1), as after a ResNet's first conv."""
+    given = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    usual = all(value in (number, (number, number)) for value, number in zip(given, (3, 2, 1, 1), strict=True))
+    return usual and not pool.ceil_mode and not pool.return_indices
 
 
 def is_channels_last(x: Tensor) -> bool:
