@@ -119,7 +119,7 @@ class InPlace(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.conv, self.bn, self.other = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
-        self.kind, self.relu = kind, nn.ReLU(inplace=True)
+        self.kind, self.relu, self.pool = kind, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(self.conv(x))
@@ -136,6 +136,10 @@ class InPlace(nn.Module):
             w = y + 1
             y.mul_(3)
             return torch.relu(z + w)
+        elif self.kind == "written before the pool":
+            z = torch.relu(self.other(y))
+            y.mul_(3)
+            return self.pool(z) + y.mean()
         elif self.kind == "named twice":
             z = y
             y += self.other(z)
@@ -144,7 +148,9 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize("convert", [fr.to_plain, fr.freeze])
-@pytest.mark.parametrize("kind", ["method", "function", "module", "add_", "input written", "named twice"])
+@pytest.mark.parametrize(
+    "kind", ["method", "function", "module", "add_", "input written", "written before the pool", "named twice"]
+)
 def test_writes_in_place_stay(kind: str, convert: Callable[[nn.Module], nn.Module]) -> None:
     model = lively(InPlace(kind))
     assert_agrees(convert(model), model, images(2, 3, 8, 8))
