@@ -29,7 +29,7 @@ struct Winograd {
 #pragma GCC push_options
 #pragma GCC target("avx512f")
 
-// B' d B of one patch, 16 channels at a time; rows[i][j] points to a pixel, matrices stand `step` apart.
+// B' d B of one patch, 16 channels at a time; pixel[i][j] points to one of its pixels, matrices stand `step` apart.
 void transform_patch(const float* const (&pixel)[4][4], int64_t channels, float* to, int64_t step) {
   for (int64_t c = 0; c < channels; c += 16) {
     __m512 t[4][4];
