@@ -302,3 +302,28 @@ def test_the_automatic_choice(x: Tensor, k: int, groups: int, why: str | None) -
     assert dispatch.choose("conv_bias_act_forward", x, weight, None, None, *geometry, "relu").backend == "library"
     y = choice.function(x, weight, None, None, *geometry, "relu")
     torch.testing.assert_close(y, F.conv2d(x, weight, None, 1, 1, 1, groups).relu(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride", "dilation", "why"),
+    [
+        ((2, 32, 8, 8), 1, 1, 1, None),
+        ((2, 32, 8, 8), 3, 1, 1, None),
+        ((1, 32, 8, 8), 3, 2, 1, None),
+        ((2, 3, 8, 8), 7, 2, 1, None),
+        ((2, 32, 8, 8), 3, 2, 1, "faster for batches"),
+        ((2, 32, 2, 1), 3, 1, 1, "faster for batches"),
+        ((1, 32, 8, 8), 3, 1, 2, "products with padding"),
+    ],
+    ids=["1x1", "winograd", "stride 2", "stem", "stride 2, batch", "too small for winograd", "dilated"],
+)
+def test_the_automatic_choice_by_geometry(
+    shape: tuple[int, ...], kernel: int, stride: int, dilation: int, why: str | None
+) -> None:
+    x, weight = channels_last(*shape), torch.randn(64, shape[1], kernel, kernel)
+    pad = dilation * (kernel // 2)
+    choice = dispatch.choose(
+        "conv_bias_act_forward", x, weight, (stride, stride), (pad, pad), (dilation, dilation), 1, "relu"
+    )
+    assert choice.backend == ("cpp" if why is None else "library")
+    assert why is None or why in dict(choice.skipped)["cpp"]

@@ -217,7 +217,7 @@ def partly(op: str) -> tuple[bool, str] | None:
     if reason is not None:
         return False, f"on request; {reason}"
     convs = f"float32, channels_last, output channels in multiples of {_PANEL}"
-    return True, f"modules: {convs}; 3x3 with stride 1 by Winograd's algorithm"
+    return True, f"modules: {convs}; 3x3 with stride 1 by Winograd's algorithm, other 3x3 of single images"
 
 
 def on_request(op: str, device_type: str) -> str:
@@ -236,12 +236,16 @@ def slower(primitive: str, x: Tensor, *args: Any) -> str | None:
         return None
     if primitive == "conv_bn_act_forward":
         return "oneDNN's fused convolution is faster"
-    weight, *_, groups, _ = args
+    weight, *geometry, groups, _ = args
     if not _is_direct(x, weight, groups):
         return conv_unavailable() or "csrc's convolution is for float32 in channels_last, ungrouped"
     if len(args) > _KEPT:
         return "csrc's convolution would pack the weight at each call"
-    channels = weight.shape[0]
+    channels, inputs, *kernel = weight.shape
+    if max(geometry[2]) > 1:
+        return "oneDNN leaves out products with padding, of which dilated convolutions have many"
+    if x.shape[0] > 1 and max(kernel) > 1 and inputs >= 16 and not _by_winograd(weight, x.shape, *geometry):
+        return "oneDNN's fused convolution is faster for batches"
     return None if channels % _PANEL == 0 else f"csrc's convolution wastes work on {channels} output channels"
 
 
