@@ -71,6 +71,7 @@ PASSES: dict[str, Callable[..., float]] = {
 
 
 OWN_CONV = "fused_resnet_cpp.conv_bias_act"  # (x, packed weight, bias, residual, out, ...)
+OWN_STEM = "fused_resnet_cpp.conv_relu_pool"  # (x, packed weight, bias, pooled output, stride, padding, dilation)
 
 
 def _nbytes(*values: Any) -> int:
@@ -102,6 +103,13 @@ def cost(what: str, args: tuple[Any, ...], out: Any) -> tuple[float, float]:
         if packed.dim() == 6:  # 4x4 points of Winograd's algorithm, for 3x3 taps
             products = products * 9 // 16
         return _nbytes(x, packed, bias, residual, out) + over, 2.0 * products * out.numel()
+    if what == OWN_STEM:
+        x, packed, _, out, *geometry = args
+        stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:]
+        pixels = x.shape[0]
+        for i in range(2):
+            pixels *= (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (packed.shape[1 + i] - 1) - 1) // stride[i] + 1
+        return _nbytes(args), 2.0 * packed[0, ..., 0].numel() * pixels * out.shape[1]
     if what == "aten.convolution" or what.startswith(("conv_", "mkldnn._convolution")):
         over = args[0].nbytes if what.endswith("_") else 0  # read, then written
         return _nbytes(args, out) + over, _conv_flops(_weight(what, args), out)
