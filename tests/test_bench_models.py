@@ -193,7 +193,11 @@ def test_a_real_ctrl_c_leaves_no_process_behind(tmp_path: Path, files: list[str]
     argv = command(tmp_path, files, "slow", "--mode", "infer", "--limit", "500")
     environment = os.environ | {"PYTHONPATH": str(cli.PACKAGE.parent)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "fused_resnet", *argv], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fused_resnet", *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background shells ignore it
     )
     for _ in range(1200):
         if marker.exists() and marker.read_text():
