@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet import dispatch
+from fused_resnet.ops.checks import conv_extent
 
 from . import bench_models, bench_ops, harness, records, rivals
 from .bench_models import Task
@@ -106,10 +107,8 @@ def cost(what: str, args: tuple[Any, ...], out: Any) -> tuple[float, float]:
     if what == OWN_STEM:
         x, packed, _, out, *geometry = args
         stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:]
-        pixels = x.shape[0]
-        for i in range(2):
-            pixels *= (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (packed.shape[1 + i] - 1) - 1) // stride[i] + 1
-        return _nbytes(args), 2.0 * packed[0, ..., 0].numel() * pixels * out.shape[1]
+        height, width = map(conv_extent, x.shape[2:], packed.shape[1:3], stride, padding, dilation)
+        return _nbytes(args), 2.0 * packed[0, ..., 0].numel() * len(x) * height * width * out.shape[1]
     if what == "aten.convolution" or what.startswith(("conv_", "mkldnn._convolution")):
         over = args[0].nbytes if what.endswith("_") else 0  # read, then written
         return _nbytes(args, out) + over, _conv_flops(_weight(what, args), out)

@@ -71,9 +71,6 @@ class Buffers:
             _active.pool = before
             pool.end()
 
-    def clear(self) -> None:
-        self._threads = threading.local()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Buffers:
         return Buffers()
 

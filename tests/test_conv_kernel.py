@@ -195,15 +195,18 @@ def test_winograd_any_shape(data: st.DataObject, conv: Callable[..., Tensor]) ->
     check(draw(1, 3), 16 * draw(1, 4), size, draw(1, 70), (3, 3), (1, 1), padding, (1, 1), conv)
 
 
+def weight_in(layout: str, k: int, c: int, r: int, s: int) -> Tensor:
+    if layout == "strided":
+        return torch.randn(r, s, c, 2 * k)[..., ::2].permute(3, 2, 0, 1)
+    weight = torch.randn(k, c, r, s)
+    return weight.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else weight
+
+
 @pytest.mark.parametrize("panel", [32, 64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 def test_winograd_weights(layout: str, panel: int) -> None:
     """G w G' in float64, rounded once, for each of 16 points a matrix (C, panel)."""
-    weight = torch.randn(40, 16, 3, 3)
-    if layout == "channels_last":
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    elif layout == "strided":
-        weight = torch.randn(3, 3, 16, 80)[..., ::2].permute(3, 2, 1, 0)
+    weight = weight_in(layout, 40, 16, 3, 3)
     g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
     packed = cpp._ops.winograd_pack(weight, panel)
     assert packed.shape == (-(-40 // panel), 4, 4, 1, 16, panel)
@@ -246,11 +249,7 @@ def test_nan_stays() -> None:
 @pytest.mark.parametrize("panel", [32, 64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 def test_packed_weights(layout: str, panel: int) -> None:
-    weight = torch.randn(70, 9, 3, 2)
-    if layout == "channels_last":
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    elif layout == "strided":
-        weight = torch.randn(3, 2, 9, 140)[..., ::2].permute(3, 2, 0, 1)
+    weight = weight_in(layout, 70, 9, 3, 2)
     packed = cpp._ops.conv_pack(weight, panel)
     assert packed.shape == (-(-70 // panel), 3, 2, 9, panel)
     rows = packed.permute(0, 4, 3, 1, 2).flatten(0, 1)

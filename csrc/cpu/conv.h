@@ -41,19 +41,23 @@ using TileFunction = void (*)(const Reduction&, const float* x, const float* wei
 #pragma GCC push_options
 #pragma GCC target("avx512f")
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // `total`, which is read only where it was written
+inline __m512 relu(__m512 v) {  // keeps NaN
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
+}
+
 template <int M, int V, bool Folded>
 void tile(const Reduction& sum, const float* x, const float* w, const Target& to) {
   __m512 y[M][V];
   __mmask16 mask[V];
 #pragma GCC unroll 4
-  for (int half = 0; half < V; ++half) {
-    const int64_t first = 16 * half, columns = std::clamp<int64_t>(to.columns - first, 0, 16);
-    mask[half] = __mmask16((1u << columns) - 1);
-    const __m512 bias = to.bias ? _mm512_maskz_loadu_ps(mask[half], to.bias + first) : _mm512_setzero_ps();
+  for (int j = 0; j < V; ++j) {
+    const int64_t first = 16 * j, columns = std::clamp<int64_t>(to.columns - first, 0, 16);
+    mask[j] = __mmask16((1u << columns) - 1);
+    const __m512 bias = to.bias ? _mm512_maskz_loadu_ps(mask[j], to.bias + first) : _mm512_setzero_ps();
 #pragma GCC unroll 14
     for (int i = 0; i < M; ++i) {
-      y[i][half] = bias;
-      if (to.sum) y[i][half] = _mm512_add_ps(bias, _mm512_maskz_loadu_ps(mask[half], to.sum + i * to.stride + first));
+      y[i][j] = bias;
+      if (to.sum) y[i][j] = _mm512_add_ps(bias, _mm512_maskz_loadu_ps(mask[j], to.sum + i * to.stride + first));
     }
   }
   const int64_t stride = sum.x_stride, fold = Folded ? sum.fold - M / 2 * stride : 0;
@@ -63,9 +67,9 @@ void tile(const Reduction& sum, const float* x, const float* w, const Target& to
 #pragma GCC unroll 14
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-      for (int half = 0; half < V; ++half) {
-        total[i][half] = chained ? _mm512_add_ps(total[i][half], y[i][half]) : y[i][half];
-        y[i][half] = _mm512_setzero_ps();
+      for (int j = 0; j < V; ++j) {
+        total[i][j] = chained ? _mm512_add_ps(total[i][j], y[i][j]) : y[i][j];
+        y[i][j] = _mm512_setzero_ps();
       }
     }
     chained = true;
@@ -99,12 +103,12 @@ void tile(const Reduction& sum, const float* x, const float* w, const Target& to
   }
   if (chained) add_up();
 #pragma GCC unroll 4
-  for (int half = 0; half < V; ++half) {
+  for (int j = 0; j < V; ++j) {
 #pragma GCC unroll 14
     for (int i = 0; i < M; ++i) {
-      __m512 v = chained ? total[i][half] : y[i][half];
-      if (to.relu) v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);  // keeps NaN
-      _mm512_mask_storeu_ps(to.out + i * to.stride + 16 * half, mask[half], v);
+      __m512 v = chained ? total[i][j] : y[i][j];
+      if (to.relu) v = relu(v);
+      _mm512_mask_storeu_ps(to.out + i * to.stride + 16 * j, mask[j], v);
     }
   }
 }

@@ -76,7 +76,7 @@ void transform_back(const float* m, int64_t step, const Target& to, int64_t line
         const int64_t at = i * line + j * to.stride + first;
         __m512 v = _mm512_add_ps(y[j], bias);
         if (to.sum) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, to.sum + at));
-        if (to.relu) v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);  // keeps NaN
+        if (to.relu) v = relu(v);
         _mm512_mask_storeu_ps(to.out + at, mask, v);
       }
     }

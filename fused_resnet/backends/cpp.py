@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fused_resnet import buffers
 from fused_resnet.backends import cutlass, library, reference, selfcheck
 from fused_resnet.folding import accumulate_dtype, update_running_stats
-from fused_resnet.ops.checks import is_channels_last
+from fused_resnet.ops.checks import conv_extent, is_channels_last
 
 _SCHEMAS = (
     "add_relu_forward(Tensor x, Tensor residual) -> Tensor",
@@ -66,6 +66,7 @@ _SCHEMAS = (
     " int dilation_w, float eps, bool relu) -> ()",
 )
 _PANEL, _WIDE_PANEL = 32, 64  # output channels that csrc's convolution takes at a time
+_POOL = ((3, 3), (2, 2), (1, 1), (1, 1))  # the stem's max pool: kernel, stride, padding, dilation
 _KEPT = 6  # arguments of a choice for weights that are packed once: (weight, *geometry, activation)
 _DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -192,7 +193,7 @@ def _by_winograd(weight: Tensor, shape: tuple[int, ...], stride: Any, padding: A
     k, c, *kernel = weight.shape
     if kernel != [3, 3] or tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or c % 16 or k % _PANEL:
         return False
-    height, width = (size + 2 * pad - 2 for size, pad in zip(shape[2:], padding, strict=True))
+    height, width = map(conv_extent, shape[2:], kernel, stride, padding, dilation)
     return 16 * -(-height // 2) * -(-width // 2) < 0.8 * 9 * height * width
 
 
@@ -518,14 +519,13 @@ def _direct(
 ) -> Tensor:
     """csrc's own convolution of a channels_last x, into `out` or a new tensor."""
     if _is_packed(weight):
-        r, s = (3, 3) if weight.dim() == 6 else weight.shape[1:3]
+        kernel: Sequence[int] = (3, 3) if weight.dim() == 6 else weight.shape[1:3]
         channels = bias.shape[0]  # type: ignore[union-attr]
     else:
-        channels, _, r, s = weight.shape
+        channels, _, *kernel = weight.shape
         weight = _ops.conv_pack.default(weight, _PANEL)
     if out is None:
-        height = (x.shape[2] + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-        width = (x.shape[3] + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+        height, width = map(conv_extent, x.shape[2:], kernel, stride, padding, dilation)
         out = buffers.empty(x, x.shape[0], channels, height, width)
     if residual is not None:
         residual = _like(residual, out)
@@ -550,8 +550,7 @@ def relu_pool(
     packed = _ops.conv_pack.default(weight, _PANEL)
 
     def run(x: Tensor) -> Tensor:
-        sizes = (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1 for i in range(2))
-        height, width = (-(-(size // stride[i] + 1) // 2) for i, size in enumerate(sizes))
+        height, width = map(conv_extent, map(conv_extent, x.shape[2:], kernel, stride, padding, dilation), *_POOL)
         out = buffers.empty(x, x.shape[0], channels, height, width)
         _ops.conv_relu_pool.default(x, packed, bias, out, *stride, *padding, *dilation)
         return out

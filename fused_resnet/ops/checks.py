@@ -80,14 +80,16 @@ def pair(op: str, name: str, value: Any, least: int) -> tuple[int, int]:
     return two
 
 
+def conv_extent(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """What a convolution makes of a height or a width; below 1 where the kernel does not fit."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
 def conv_output_shape(
     x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, int, int, int]:
     """(N, K, H', W') of a 2-d convolution; a size below 1 means that the kernel does not fit."""
-    height, width = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    )
+    height, width = map(conv_extent, x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return x.shape[0], weight.shape[0], height, width
 
 

@@ -62,3 +62,39 @@ def check(backend: ModuleType, layer: str, args: tuple[Any, ...], run: Callable[
     assert row.ok, row
     assert ours.stride() == plain.stride()
     return ours
+
+
+def check_nan_and_infinity(backend: ModuleType, layer: str, dtype: torch.dtype) -> None:
+    """They pass, and stay where they are."""
+    args = list(inputs(layer, dtype))
+    args[0][0, 0, 2, 3], args[0][0, -1, 5, 6], args[7][0, 1, 0, 0] = torch.nan, torch.inf, torch.nan
+    ours, theirs = (module.conv_bn_act_forward(*args) for module in (backend, reference))
+    assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+def check_graph_replays(backend: ModuleType) -> None:
+    """They read the live buffers."""
+    layer = "3x3 stage 2"
+    args = inputs(layer, torch.bfloat16)
+    backend.conv_bn_act_forward(*args)  # what is compiled is compiled here
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = backend.conv_bn_act_forward(*args)
+    for tensor in (args[0], args[3], args[5], args[7]):
+        tensor.normal_()
+    graph.replay()
+    check(backend, layer, args, lambda: out)
+
+
+def check_stream(backend: ModuleType) -> None:
+    """It runs on the current one."""
+    args = inputs("1x1 widen", torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        args[0].fill_(1.0)
+        out = backend.conv_bn_act_forward(*args)
+    stream.synchronize()
+    check(backend, "1x1 widen", args, lambda: out)

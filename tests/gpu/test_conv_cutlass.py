@@ -78,10 +78,7 @@ def test_other_calls_are_served_by_torch_and_one_pass(layer, reason):
 
 
 def test_nan_and_infinity_pass_and_stay_where_they_are():
-    args = list(inputs("3x3 stage 3", torch.float16))
-    args[0][0, 0, 2, 3], args[0][0, -1, 5, 6], args[7][0, 1, 0, 0] = torch.nan, torch.inf, torch.nan
-    ours, theirs = (module.conv_bn_act_forward(*args) for module in (backend, reference))
-    assert torch.equal(ours.isnan(), theirs.isnan())
+    conv_layers.check_nan_and_infinity(backend, "3x3 stage 3", torch.float16)
 
 
 def test_a_residual_that_is_not_there_is_not_read():
@@ -94,29 +91,11 @@ def test_a_residual_that_is_not_there_is_not_read():
 
 
 def test_graph_replays_read_the_live_buffers():
-    layer = "3x3 stage 2"
-    args = inputs(layer, torch.bfloat16)
-    backend.conv_bn_act_forward(*args)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = backend.conv_bn_act_forward(*args)
-    for tensor in (args[0], args[3], args[5], args[7]):
-        tensor.normal_()
-    graph.replay()
-    check(layer, args, lambda: out)
+    conv_layers.check_graph_replays(backend)
 
 
 def test_runs_on_the_current_stream():
-    args = inputs("1x1 widen", torch.bfloat16)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
-        args[0].fill_(1.0)
-        out = backend.conv_bn_act_forward(*args)
-    stream.synchronize()
-    check("1x1 widen", args, lambda: out)
+    conv_layers.check_stream(backend)
 
 
 @pytest.mark.parametrize("layer", ["3x3 stage 4", "1x1 widen"])

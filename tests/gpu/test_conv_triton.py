@@ -10,7 +10,6 @@ import pytest
 import torch
 from conv_layers import LAYERS, inputs
 
-from fused_resnet.backends import reference
 from fused_resnet.backends import triton as backend
 
 _REASON = backend.unavailable("cuda")
@@ -66,36 +65,15 @@ def test_every_tile(layer, dtype, fp32):
 
 @pytest.mark.parametrize("layer", ["3x3 stage 3", "7x7 stem", "groups of 4"])
 def test_nan_and_infinity_pass_and_stay_where_they_are(layer):
-    args = list(inputs(layer, torch.float32))
-    args[0][0, 0, 2, 3], args[0][0, -1, 5, 6], args[7][0, 1, 0, 0] = torch.nan, torch.inf, torch.nan
-    ours, theirs = (module.conv_bn_act_forward(*args) for module in (backend, reference))
-    assert torch.equal(ours.isnan(), theirs.isnan())
+    conv_layers.check_nan_and_infinity(backend, layer, torch.float32)
 
 
 def test_graph_replays_read_the_live_buffers():
-    layer = "3x3 stage 2"
-    args = inputs(layer, torch.bfloat16)
-    backend.conv_bn_act_forward(*args)  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = backend.conv_bn_act_forward(*args)
-    for tensor in (args[0], args[3], args[5], args[7]):
-        tensor.normal_()
-    graph.replay()
-    check(layer, args, lambda: out)
+    conv_layers.check_graph_replays(backend)
 
 
 def test_runs_on_the_current_stream():
-    args = inputs("1x1 widen", torch.bfloat16)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
-        args[0].fill_(1.0)
-        out = backend.conv_bn_act_forward(*args)
-    stream.synchronize()
-    check("1x1 widen", args, lambda: out)
+    conv_layers.check_stream(backend)
 
 
 def test_is_deterministic():
