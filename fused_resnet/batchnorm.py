@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fused_resnet import foreach
 from fused_resnet.folding import accumulate_dtype
 
 
@@ -19,8 +20,10 @@ def affine(bn: nn.BatchNorm2d, scale: Tensor | None) -> tuple[Tensor | None, Ten
 def batch_momentum(bn: nn.BatchNorm2d) -> float | Tensor:
     """Count the batch as nn.BatchNorm2d does; the weight of its statistics, on the device where it is an average."""
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
+        if bn.momentum is not None:
+            foreach.count(bn.num_batches_tracked)
+        else:
+            foreach.count_now(bn.num_batches_tracked)
             dtype = torch.float32 if bn.running_mean is None else accumulate_dtype(bn.running_mean.dtype)
             return bn.num_batches_tracked.to(dtype).reciprocal()
     return 0.0 if bn.momentum is None else bn.momentum

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_resnet.inference import InferencePlan, PlanCache, Watch
-from fused_resnet.modules import Call, FusedModule, Units, as_leaf, is_watched, unfused_reason
+from fused_resnet.modules import Call, FusedModule, Units, as_leaf, call_part, is_watched, unfused_reason
 from fused_resnet.ops.residual_block import Plan
 from fused_resnet.whole import Part, may_be_whole, plan_whole, run_whole
 
@@ -111,19 +111,21 @@ class ResidualBlock(FusedModule):
         plan = self._plan(x)
         if plan is not None:
             return self._whole(x, plan)
+        units = self.units()
+        weight = self._autocast_weights(x, {name: conv for name, (conv, *_) in units.items()}).get
         if self.downsample is None:
             shortcut = x
         elif self._projection():
-            conv, bn = cast(nn.Sequential, self.downsample)
-            shortcut = self._conv_bn_act("downsample", x, conv, bn, calls=calls)
+            conv, bn, _ = units["downsample"]
+            shortcut = self._conv_bn_act("downsample", x, conv, bn, calls=calls, weight=weight("downsample"))
             overwrite = unfused_reason(conv, bn, None) is None
         else:
-            shortcut, overwrite = self.downsample(x), False
-        *first, (last_conv, last_bn) = self._UNITS
-        for name, norm in first:
-            x = self._conv_bn_act(name, x, getattr(self, name), getattr(self, norm), self.relu, calls=calls)
-        last = (getattr(self, last_conv), getattr(self, last_bn), self.relu)
-        return self._conv_bn_act(last_conv, x, *last, shortcut, self.residual_scale, overwrite, calls)
+            shortcut, overwrite = call_part(self.downsample, x), False
+        *first, last = (name for name, _ in self._UNITS)
+        for name in first:
+            x = self._conv_bn_act(name, x, *units[name], calls=calls, weight=weight(name))
+        scale = self.residual_scale
+        return self._conv_bn_act(last, x, *units[last], shortcut, scale, overwrite, calls, weight(last))
 
     def _plan(self, x: Tensor) -> Plan | None:
         """How the block runs as one op; None: unit by unit."""
@@ -184,6 +186,7 @@ class BasicBlock(ResidualBlock):
     Signature, attribute names and state dict as torchvision's BasicBlock.
     """
 
+    _OURS = True
     _UNITS = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(
@@ -219,6 +222,7 @@ class Bottleneck(ResidualBlock):
     """
 
     expansion = 4
+    _OURS = True
     _UNITS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(

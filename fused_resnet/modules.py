@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch.fx import Proxy, Tracer
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from fused_resnet import batchnorm, dispatch, ops
+from fused_resnet import batchnorm, dispatch, foreach, ops
 from fused_resnet.folding import FOLDED, FoldCache, fold
 from fused_resnet.ops.checks import (
     autocast_dtype,
@@ -31,6 +31,7 @@ Units = dict[str, tuple[nn.Module, nn.Module, nn.Module | None]]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OVERRIDES = ("forward", "_conv_forward")
 _PLAIN = (nn.Parameter, Tensor, type(None))
+_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
 
 
 def call_reason() -> str | None:
@@ -77,6 +78,22 @@ def unfused_reason(
 def is_watched(module: nn.Module) -> bool:
     """Whether a call of the module may show more than its forward: hooks, or a forward of its own."""
     return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in HOOKS)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a call of the module runs no code but this package's and torch's: it is of a class that says so (and has
+    a `call_part` for the others), or one of torch's without parts, and nobody watches it."""
+    kind = type(module)
+    known = "_OURS" in kind.__dict__ or (kind.__module__.startswith("torch.nn.modules.") and not module._modules)
+    return known and not is_watched(module)
+
+
+def call_part(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), while no counter waits where code of others may run."""
+    if not foreach.waiting() or is_ours(module):
+        return module(x)
+    with foreach.apart():
+        return module(x)
 
 
 def _norm(bn: nn.Module | None) -> type[nn.Module]:
@@ -148,21 +165,26 @@ class FusedModule(nn.Module):
         scale: Tensor | None = None,
         overwrite: bool = False,
         calls: dict[str, Call] | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """act(scale * bn(conv(x)) + residual), fused where it may be. `name` is the unit's key in the cache.
 
         `overwrite`: nobody else reads the residual, so that inference may write the result over it. `calls` receives,
-        under the unit's name, the convolution with folded weights where it came to that.
+        under the unit's name, the convolution with folded weights where it came to that. `weight`: the conv's, as
+        `_autocast_weights` cast it with others.
         """
         if not self._fused or isinstance(x, Proxy) or unfused_reason(conv, bn, act, _norm(bn)) is not None:
             return self._unfused(x, conv, bn, act, residual, scale)
         conv, bn = cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn)
+        if weight is None:
+            weight = self._autocast_weights(x, {name: conv}).get(name, conv.weight)
         activation = None if act is None else "relu"
         training = batchnorm.uses_batch_statistics(bn)
         if residual is not None and self._adds_in_place:
             residual = residual.to(autocast_dtype(x) or residual.dtype)
         if training and isinstance(bn, SyncBatchNorm) and bn.merges():
-            return bn.bn_act(conv(x), *batchnorm.affine(bn, scale), residual, activation)
+            y = conv._conv_forward(x, weight, conv.bias)
+            return bn.bn_act(y, *batchnorm.affine(bn, scale), residual, activation)
         inference = not training and not needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias, residual, scale)
         if inference and not is_traced(x):
             y = self._infer(name, x, conv, bn, activation, residual, scale, overwrite, calls)
@@ -172,7 +194,7 @@ class FusedModule(nn.Module):
             return self._unfused(x, conv, bn, act, residual, scale)
         return ops.conv_bn_act(
             x,
-            conv.weight,
+            weight,
             *batchnorm.affine(bn, scale),
             *batchnorm.running(bn),
             residual,
@@ -196,12 +218,23 @@ class FusedModule(nn.Module):
         residual: Tensor | None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        y = bn(conv(x))
-        if scale is not None:
-            y = y * scale
-        if residual is not None:
-            y += residual
-        return y if act is None else act(y)
+        with foreach.apart():
+            y = bn(conv(x))
+            if scale is not None:
+                y = y * scale
+            if residual is not None:
+                y += residual
+            return y if act is None else act(y)
+
+    def _autocast_weights(self, x: Tensor, convs: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """What autocast makes of the convs' weights, by name, at once; only where the network casts all at once."""
+        dtype = autocast_dtype(x) if foreach.casting() else None
+        weights = {name: conv.weight for name, conv in convs.items() if type(conv) is nn.Conv2d}
+        if dtype is None or not needs_grad(x, *weights.values()):
+            return {}
+        if not all(type(w) in _PLAIN and w.dtype in _AUTOCAST and w.device == x.device for w in weights.values()):
+            return {}
+        return dict(zip(weights, foreach.cast(list(weights.values()), dtype), strict=True))
 
     def _infer(
         self,

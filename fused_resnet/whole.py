@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import batchnorm, dispatch
+from fused_resnet import batchnorm, dispatch, foreach
 from fused_resnet.modules import call_reason, has_pairs
 from fused_resnet.ops.checks import autocast_dtype, is_channels_last, is_traced, needs_grad
 from fused_resnet.ops.residual_block import Plan, Unit, residual_block
@@ -85,5 +85,7 @@ def plan_whole(x: Tensor, row: Sequence[Part], projection: Part | None, memory: 
 
 def run_whole(x: Tensor, row: Sequence[Part], projection: Part | None, plan: Plan) -> Tensor:
     """relu(f(x) + shortcut), f the row; by a plan of `plan_whole`."""
-    units = tuple(part.unit() for part in row)
-    return residual_block(x, units, None if projection is None else projection.unit(), plan)
+    with foreach.counting():
+        units = tuple(part.unit() for part in row)
+        beside = None if projection is None else projection.unit()
+    return residual_block(x, units, beside, plan)

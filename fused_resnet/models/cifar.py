@@ -12,6 +12,7 @@ from torch.fx import Proxy
 from fused_resnet import dispatch
 from fused_resnet.blocks import BasicBlock
 from fused_resnet.models.common import (
+    Network,
     PlainBlock,
     check_options,
     constructor,
@@ -19,10 +20,10 @@ from fused_resnet.models.common import (
     make_shortcut,
     prepare_blocks,
 )
-from fused_resnet.modules import FusedModule, Units, call_reason
+from fused_resnet.modules import Units, call_reason
 
 
-class CifarResNet(FusedModule):
+class CifarResNet(Network):
     """A 3x3 stem, three stages of basic blocks at strides 1, 2 and 4, global average pooling, a classifier.
 
     Args:
@@ -88,8 +89,9 @@ class CifarResNet(FusedModule):
             and dispatch.prefers_channels_last(x)
         ):
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
-        x = self.layer3(self.layer2(self.layer1(x)))  # type: ignore[operator]
+        with self._at_once(x):
+            x = self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu)
+            x = self.layer3(self.layer2(self.layer1(x)))  # type: ignore[operator]
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 

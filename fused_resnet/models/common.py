@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,14 +13,44 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from fused_resnet.blocks import BasicBlock, ResidualBlock
-from fused_resnet.modules import FusedModule, Units, as_leaf
+from fused_resnet.foreach import Together
+from fused_resnet.modules import FusedModule, Units, as_leaf, call_part, call_reason, is_ours, is_watched
+from fused_resnet.ops.checks import autocast_dtype, is_traced
 from fused_resnet.plans import MEMORY
 
 SHORTCUTS = ("A", "B", "C", "none")
 
 
+class Network(FusedModule):
+    """Base of the networks: what the layers between the images and the last feature map do together in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._together = Together()
+
+    def refresh(self) -> None:
+        super().refresh()
+        self._together.clear()
+
+    def _at_once(self, x: Tensor) -> AbstractContextManager[None]:
+        """For the layers of a forward of x: batches are counted, and weights cast for autocast, all at once. Not where
+        code of others may run between them, or torch records each operation."""
+        if not self._fused or isinstance(x, Proxy) or is_traced(x) or call_reason() is not None:
+            return contextlib.nullcontext()
+        for name, child in self._modules.items():
+            if name.startswith("layer"):
+                ours = type(child) is nn.Sequential and not is_watched(child) and all(map(is_ours, child))
+            else:  # conv1, bn1 and relu are units, what follows the blocks comes later
+                ours = name != "maxpool" or (child is not None and is_ours(child))
+            if not ours:
+                return contextlib.nullcontext()
+        return self._together.forward(x.device, autocast_dtype(x))
+
+
 class PadShortcut(FusedModule):
     """Option A: every `stride`-th pixel, and zeros for the channels that are new. No parameters."""
+
+    _OURS = True
 
     def __init__(self, inplanes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -42,6 +74,8 @@ class PooledShortcut(FusedModule, nn.Sequential):
     Keys as timm's: 0 the pool (identity at stride 1), 1 the conv, 2 the BN.
     """
 
+    _OURS = True
+
     def __init__(self, inplanes: int, planes: int, stride: int, norm_layer: Callable[..., nn.Module]) -> None:
         super().__init__()
         pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
@@ -55,7 +89,7 @@ class PooledShortcut(FusedModule, nn.Sequential):
         """(N, inplanes, H, W) to (N, planes, ceil(H / stride), ceil(W / stride))."""
         if self._fused and isinstance(x, Proxy):
             return as_leaf(self, x)
-        return self._conv_bn_act("1", self[0](x), self[1], self[2])
+        return self._conv_bn_act("1", call_part(self[0], x), self[1], self[2])
 
 
 def make_shortcut(
@@ -79,6 +113,8 @@ def make_shortcut(
 
 class PlainBlock(BasicBlock):
     """The two convs of a basic block without its shortcut: relu(bn2(conv2(relu(bn1(conv1(x))))))."""
+
+    _OURS = True
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, planes, H', W')."""

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from fused_resnet import batchnorm, dispatch, ops
-from fused_resnet.models.common import check_options, constructor, initialise
+from fused_resnet import batchnorm, dispatch, foreach, ops
+from fused_resnet.models.common import Network, check_options, constructor, initialise
 from fused_resnet.modules import (
     FusedModule,
     Units,
     as_leaf,
+    call_part,
     call_reason,
     has_pairs,
     unfused_reason,
@@ -40,7 +41,8 @@ class _PreActModule(FusedModule):
             or unfused_reason(None, bn, self.relu) is not None
             or not dispatch.is_fused("bn_act", x.device.type)
         ):
-            return self.relu(bn(x))
+            with foreach.apart():
+                return self.relu(bn(x))
         norm = cast(nn.BatchNorm2d, bn)
         return ops.bn_act(
             x,
@@ -77,17 +79,29 @@ class _PreActBlock(_PreActModule):
             return as_leaf(self, x)
         bn1 = getattr(self, "bn1", None)
         a = x if bn1 is None else self._bn_act(x, bn1)
-        shortcut = x if self.downsample is None else self.downsample(a)
-        for name, (conv, bn, act) in self.units().items():
-            a = self._conv_bn_act(name, a, conv, bn, act)
-        return self._last(a, getattr(self, f"conv{self._CONVS}"), shortcut)
+        units, last = self.units(), f"conv{self._CONVS}"
+        convs = {name: conv for name, (conv, *_) in units.items()} | {last: getattr(self, last)}
+        if self.downsample is not None:
+            convs["downsample"] = self.downsample
+        weights = self._autocast_weights(x, convs)
+        shortcut = x if self.downsample is None else self._alone(a, self.downsample, weights.get("downsample"))
+        for name, unit in units.items():
+            a = self._conv_bn_act(name, a, *unit, weight=weights.get(name))
+        return self._last(a, convs[last], shortcut, weights.get(last))
 
-    def _last(self, a: Tensor, conv: nn.Conv2d, shortcut: Tensor) -> Tensor:
-        """scale * conv(a) + shortcut."""
+    @staticmethod
+    def _alone(a: Tensor, conv: nn.Module, weight: Tensor | None) -> Tensor:
+        """conv(a), by the weight that `_autocast_weights` made where that is the same."""
+        if weight is not None and unfused_reason(conv, None, None) is None:
+            return cast(nn.Conv2d, conv)._conv_forward(a, weight, cast(nn.Conv2d, conv).bias)
+        return call_part(conv, a)
+
+    def _last(self, a: Tensor, conv: nn.Conv2d, shortcut: Tensor, weight: Tensor | None) -> Tensor:
+        """scale * conv(a) + shortcut; `weight` as in `_alone`."""
         scale = self.residual_scale
         fused = self._fused and not isinstance(a, Proxy) and unfused_reason(conv, None, None) is None
         if not fused or not has_pairs(conv) or a.dtype != conv.weight.dtype or torch.is_autocast_enabled(a.device.type):
-            y = conv(a)
+            y = self._alone(a, conv, weight)
             return (y if scale is None else y * scale) + shortcut
         weight = conv.weight if scale is None else conv.weight * scale
         geometry: Any = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
@@ -96,6 +110,8 @@ class _PreActBlock(_PreActModule):
 
 class PreActBasicBlock(_PreActBlock):
     """Two 3x3 convs. `first`: behind the stem, without a BN and ReLU of its own."""
+
+    _OURS = True
 
     def __init__(
         self,
@@ -121,6 +137,7 @@ class PreActBottleneck(_PreActBlock):
     """1x1, 3x3, 1x1 convs around a narrow middle, the stride on the 3x3. `first` as in `PreActBasicBlock`."""
 
     expansion = 4
+    _OURS = True
     _CONVS = 3
 
     def __init__(
@@ -145,7 +162,7 @@ class PreActBottleneck(_PreActBlock):
         self.register_parameter("residual_scale", None)
 
 
-class PreActResNet(_PreActModule):
+class PreActResNet(Network, _PreActModule):
     """A stem, three or four stages of pre-activation blocks, a last BN and ReLU, global average pooling, a classifier.
 
     Args:
@@ -214,11 +231,13 @@ class PreActResNet(_PreActModule):
             and dispatch.prefers_channels_last(x)
         ):
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu))
-        for name, stage in self.named_children():
-            if name.startswith("layer"):
-                x = stage(x)
-        return self.fc(torch.flatten(self.avgpool(self._bn_act(x, self.bn)), 1))
+        with self._at_once(x):
+            x = self.maxpool(self._conv_bn_act("conv1", x, self.conv1, self.bn1, self.relu))
+            for name, stage in self.named_children():
+                if name.startswith("layer"):
+                    x = stage(x)
+            x = self._bn_act(x, self.bn)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 _OPTIONS = "as `PreActResNet`: num_classes, in_channels, residual_scale, norm_layer"

@@ -20,6 +20,7 @@ from fused_resnet.blocks import BasicBlock, Bottleneck, run_blocks
 from fused_resnet.buffers import Buffers
 from fused_resnet.models.common import (
     DeepStem,
+    Network,
     PlainBlock,
     check_options,
     dilations,
@@ -28,12 +29,12 @@ from fused_resnet.models.common import (
     prepare_blocks,
 )
 from fused_resnet.models.weights import load_weights
-from fused_resnet.modules import FusedModule, Units, call_reason, is_watched, unfused_reason
+from fused_resnet.modules import Units, call_reason, is_watched, unfused_reason
 from fused_resnet.ops.checks import is_stem_pool, is_traced, needs_grad
 from fused_resnet.ops.conv_bias_act import check_conv
 
 
-class ResNet(FusedModule):
+class ResNet(Network):
     """A residual network: a 7x7/2 stem, a max pool, four stages of blocks, global average pooling, a classifier.
 
     Args:
@@ -161,8 +162,9 @@ class ResNet(FusedModule):
                 geometry, _ = check_conv(
                     "conv1", x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
                 )
+                weight = self._autocast_weights(x, {"conv1": conv}).get("conv1", conv.weight)
                 return ops.bn_act_pool(
-                    F.conv2d(x, conv.weight, conv.bias, *geometry),
+                    F.conv2d(x, weight, conv.bias, *geometry),
                     bn.weight,
                     bn.bias,
                     *batchnorm.running(bn),
@@ -204,9 +206,10 @@ class ResNet(FusedModule):
                 pooled = type(self.maxpool) is nn.MaxPool2d and not is_watched(self.maxpool)
                 x = run_blocks(stages, self._stem(x), overwrite=pooled)
         else:
-            x = self._stem(x)
-            for stage in stages:
-                x = stage(x)
+            with self._at_once(x):
+                x = self._stem(x)
+                for stage in stages:
+                    x = stage(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
@@ -250,7 +253,7 @@ class ResNetFeatures(ResNet):
     """
 
     def __init__(self, net: ResNet, out_indices: Sequence[int] = (0, 1, 2, 3, 4)) -> None:
-        FusedModule.__init__(self)
+        Network.__init__(self)
         indices = tuple(out_indices)
         if not indices or list(indices) != sorted({*indices} & {*range(5)}):
             raise ValueError(f"out_indices must be ascending numbers of 0 to 4, got {indices}")
@@ -274,17 +277,18 @@ class ResNetFeatures(ResNet):
         if usual and dispatch.prefers_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
         maps = []
-        if 0 in self.out_indices:
-            x, conv = self._before_bn1(x)
-            x = self._conv_bn_act("conv1", x, conv, self.bn1, self.relu)
-            maps.append(x)
-            x = self.maxpool(x)
-        else:
-            x = self._stem(x)
-        for i in range(1, self.out_indices[-1] + 1):
-            x = getattr(self, f"layer{i}")(x)
-            if i in self.out_indices:
+        with self._at_once(x):
+            if 0 in self.out_indices:
+                x, conv = self._before_bn1(x)
+                x = self._conv_bn_act("conv1", x, conv, self.bn1, self.relu)
                 maps.append(x)
+                x = self.maxpool(x)
+            else:
+                x = self._stem(x)
+            for i in range(1, self.out_indices[-1] + 1):
+                x = getattr(self, f"layer{i}")(x)
+                if i in self.out_indices:
+                    maps.append(x)
         return maps
 
 

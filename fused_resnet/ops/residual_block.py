@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_resnet import dispatch
+from fused_resnet import dispatch, foreach
 from fused_resnet.folding import accumulate_dtype
 from fused_resnet.ops import prologue_block
 from fused_resnet.ops.block_units import (
@@ -53,7 +53,8 @@ def residual_block(x: Tensor, units: tuple[Unit, ...], projection: Unit | None, 
     every = units if projection is None else (*units, projection)
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, every = x.to(dtype), tuple(u._replace(weight=u.weight.to(dtype)) for u in every)
+        weights = foreach.cast([u.weight for u in every], dtype)
+        x, every = x.to(dtype), tuple(u._replace(weight=w) for u, w in zip(every, weights, strict=True))
     flat = [t for u in every for t in (u.weight, u.gamma, u.beta)]
     spec = Spec(every, projection is not None, plan, dispatch.requested())
     return ResidualBlockFunction.apply(x, spec, *flat)
