@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -104,14 +105,11 @@ def apart() -> AbstractContextManager[None]:
 
 
 class Together:
-    """A network's own: which weights its last forward in a thread asked for. In no pickle or copy."""
+    """A network's own: which weights its last such forward in a thread asked for. In no pickle or copy."""
 
     __slots__ = ("_threads",)
 
     def __init__(self) -> None:
-        self._threads = threading.local()
-
-    def clear(self) -> None:
         self._threads = threading.local()
 
     @contextlib.contextmanager
@@ -123,15 +121,16 @@ class Together:
         copies: dict[int, tuple[Tensor, int, Tensor]] = {}
         if dtype is not None:
             asked = []
-            last: list[Tensor] = self._threads.__dict__.pop("weights", [])
-            last = [weight for weight in last if weight.dtype != dtype and weight.device == device]
+            alive = [weight() for weight in self._threads.__dict__.get("weights", ())]
+            last = [w for w in alive if w is not None and w.dtype != dtype and w.device == device]
             for weight, copy in zip(last, _cast(last, dtype), strict=True):
                 copies[id(weight)] = weight, weight._version, copy
         _active.copies, _active.asked = copies, asked
         try:
             with counting():
                 yield
-            self._threads.weights = asked or []
+            if asked is not None:
+                self._threads.weights = [weakref.ref(weight) for weight in asked]
         finally:
             _active.copies, _active.asked = before
 

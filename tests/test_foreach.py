@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
@@ -425,6 +427,29 @@ def test_a_checkpointed_network(reentrant: bool, monkeypatch: pytest.MonkeyPatch
     assert_as_autocast_alone(monkeypatch, made("low"), run=run)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"find_unused_parameters": True}, {"static_graph": True, "gradient_as_bucket_view": True}], ids=str
+)
+def test_distributed_data_parallel(options: dict[str, Any], tmp_path: Any, recwarn: pytest.WarningsRecorder) -> None:
+    """One process: gradients come as without it, in its buckets' strides, and batches are counted once."""
+    net = made("bottleneck").to(memory_format=torch.channels_last)
+    expected = steps(copy.deepcopy(net), 3)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net, **options)
+        found = steps(wrapped, 3)
+        del wrapped
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, value in expected.items():
+        mine = found[f"module.{name}"]
+        assert mine is not None
+        assert torch.equal(mine, value), name  # type: ignore[arg-type]
+    assert set(counts(net).values()) == {3}
+    assert not [w for w in recwarn if "stride" in str(w.message)]
+
+
 def test_gradients_arrive_block_by_block() -> None:
     """As DistributedDataParallel needs it, which sends them while the backward pass goes on."""
     net = made("bottleneck")
@@ -443,14 +468,37 @@ def test_gradients_arrive_block_by_block() -> None:
         assert last[later] < first[earlier]
 
 
-@pytest.mark.parametrize("clear", ["train", "copy", "to"])
-def test_what_a_network_keeps_is_dropped(clear: str) -> None:
+@pytest.mark.parametrize("name", ["bottleneck", "cifar", "preact"])
+def test_evaluation_between_steps(name: str) -> None:
+    """It casts nothing here (inference keeps its own weights), and what is cast at once in training stays known."""
+    net, x = made(name), images(2, 3, 64, 64)
+    steps(net, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with Operations() as operations, torch.no_grad():
+            net.eval()(x)
+        assert operations.found["_foreach_copy_"] == 0
+        with Operations() as operations:
+            net.train()(x)
+        assert operations.found["_foreach_copy_"] == 1
+
+
+def test_what_a_network_knows_keeps_nothing_alive() -> None:
+    """Replaced weights are gone at once, and the next forward casts the new ones; copies know nothing."""
     net: Any = made("bottleneck")
-    for _ in range(2):
-        steps(net, 1)
-    assert net._together._threads.weights
-    other = copy.deepcopy(net) if clear == "copy" else net.train() if clear == "train" else net.double()
-    assert "weights" not in other._together._threads.__dict__
+    steps(net, 1)
+    old = weakref.ref(net.layer1[0].conv1.weight)
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+    assert old() is None
+    for number in (6, 1):
+        with Operations() as operations, torch.autocast("cpu", dtype=torch.bfloat16):
+            net(images(2, 3, 64, 64))
+        assert operations.found["_foreach_copy_"] == number
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert not other._together._threads.__dict__
+    with Operations() as operations:
+        net.double()(images(2, 3, 64, 64, dtype=torch.float64))
+    assert operations.found["_foreach_copy_"] == 0
 
 
 def test_without_autocast_nothing_is_cast() -> None:

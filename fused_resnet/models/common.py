@@ -28,14 +28,13 @@ class Network(FusedModule):
         super().__init__()
         self._together = Together()
 
-    def refresh(self) -> None:
-        super().refresh()
-        self._together.clear()
-
     def _at_once(self, x: Tensor) -> AbstractContextManager[None]:
         """For the layers of a forward of x: batches are counted, and weights cast for autocast, all at once. Not where
         code of others may run between them, or torch records each operation."""
         if not self._fused or isinstance(x, Proxy) or is_traced(x) or call_reason() is not None:
+            return contextlib.nullcontext()
+        differentiates = torch.is_grad_enabled()
+        if not (differentiates or self.training):
             return contextlib.nullcontext()
         for name, child in self._modules.items():
             if name.startswith("layer"):
@@ -44,7 +43,7 @@ class Network(FusedModule):
                 ours = name != "maxpool" or (child is not None and is_ours(child))
             if not ours:
                 return contextlib.nullcontext()
-        return self._together.forward(x.device, autocast_dtype(x))
+        return self._together.forward(x.device, autocast_dtype(x) if differentiates else None)
 
 
 class PadShortcut(FusedModule):
