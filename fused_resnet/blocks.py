@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fused_resnet.inference import InferencePlan, PlanCache, Watch
 from fused_resnet.modules import Call, FusedModule, Units, as_leaf, call_part, is_watched, unfused_reason
 from fused_resnet.ops.residual_block import Plan
+from fused_resnet.plans import LayerPlan, plan_layers
 from fused_resnet.whole import Part, may_be_whole, plan_whole, run_whole
 
 
@@ -148,10 +149,18 @@ class ResidualBlock(FusedModule):
         return tuple(parts.values()), projection
 
 
-def training_plans(
-    model: nn.Module, batch: int, size: int
-) -> list[tuple[str, ResidualBlock, tuple[int, ...], Plan | None]]:
-    """(name, block, input shape, plan) of each residual block, training on square images; None: unit by unit.
+class TrainingPlan(NamedTuple):
+    """How a residual block trains on inputs of a shape; plan None: unit by unit. `layers`: its convs', by name."""
+
+    name: str
+    block: ResidualBlock
+    shape: tuple[int, ...]
+    plan: Plan | None
+    layers: dict[str, LayerPlan]
+
+
+def training_plans(model: nn.Module, batch: int, size: int) -> list[TrainingPlan]:
+    """The plan of each residual block, training on square images.
 
     The shapes come from a forward of one image, in inference.
     """
@@ -175,7 +184,11 @@ def training_plans(
         weight = next(block.parameters())
         x = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
         with torch.enable_grad():
-            found.append((name, block, shape, block.train()._plan(x)))
+            plan = block.train()._plan(x)
+        parts, projection = block._parts()
+        beside = None if projection is None else projection.conv
+        layers = plan_layers(x, [part.conv for part in parts], beside, plan)
+        found.append(TrainingPlan(name, block, shape, plan, dict(zip(block.units(), layers, strict=True))))
         block.train(training)
     return found
 

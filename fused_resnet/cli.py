@@ -135,25 +135,37 @@ def environment() -> dict[str, Any]:
 
 
 def print_plans(args: argparse.Namespace) -> int:
-    """How each block of a network runs in training on the CPU, where the Gram form is taken, and what is kept."""
+    """How each block of a network, and each conv of it, runs in training on the CPU, and what is kept."""
     import fused_resnet
     from fused_resnet.blocks import training_plans
 
     model = getattr(fused_resnet, args.plan)(memory=args.memory)
     plans = training_plans(model, args.batch, args.size)
     if args.json:
-        rows = [{"block": name, "input": shape, "plan": plan and plan._asdict()} for name, _, shape, plan in plans]
+        rows = [
+            {
+                "block": name,
+                "input": shape,
+                "plan": plan and plan._asdict(),
+                "layers": {conv: found._asdict() | {"layer": found.layer._asdict()} for conv, found in layers.items()},
+            }
+            for name, _, shape, plan, layers in plans
+        ]
         print(json.dumps(rows, indent=1))
         return 0
     print(f"{args.plan}, training, batch {args.batch}, {args.size}x{args.size}, memory={args.memory!r}, on the CPU")
     forms, kept = ("stored output", "Gram form"), {"balanced": "raw conv outputs", "low": "statistics alone"}
-    for name, block, shape, plan in plans:
+    for name, block, shape, plan, layers in plans:
         how = "unit by unit; keeps raw and rectified conv outputs"
         if plan is not None:
             projected = f", projection: {forms[plan.gram_projection]}" if block.downsample is not None else ""
             read = "; prologues" if plan.prologue else ""
             how = f"one op; last conv: {forms[plan.gram]}{projected}; keeps {kept[plan.memory]}{read}"
         print(f"{name:<10} {'x'.join(map(str, shape)):<16} {how}")
+        for conv, (layer, form, reads, by_layer) in layers.items():
+            size = f"{layer.in_channels} to {layer.out_channels}, {'x'.join(map(str, layer.kernel))}"
+            notes = ", input through a prologue" * (reads == "prologue") + ", by a rule for such layers" * by_layer
+            print(f"  {conv:<10} {size:<18} {layer.pixels:>11,} pixels  {form}{notes}")
     return 0
 
 

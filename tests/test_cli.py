@@ -103,25 +103,40 @@ def test_info_says_whether_there_are_convolutions_from_cutlass(build, line, caps
 
 def test_info_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """What is printed is what runs: the blocks that run as one op, and their Gram forms."""
-    options = ["--batch", "2", "--size", "64"]
+    options = ["--batch", "16", "--size", "64"]
     assert cli.main(["info", "--plan", "resnet50", *options]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    printed = capsys.readouterr().out.splitlines()[1:]
+    lines = [line for line in printed if not line.startswith(" ")]
     assert len(lines) == 16
+    assert len(printed) - len(lines) == 52, "a line for each conv but the stem's"
     assert cli.main(["info", "--plan", "resnet50", *options, "--json", "--memory", "low"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["block"] for row in rows] == [line.split()[0] for line in lines]
-    assert rows[4]["input"] == [2, 512, 8, 8]
+    assert rows[4]["input"] == [16, 512, 8, 8]
     assert all(row["plan"]["memory"] == "low" for row in rows)
     model = fused_resnet.resnet50(num_classes=3)
-    plans = training_plans(model, 2, 64)
-    assert [plan is None for *_, plan in plans] == ["unit by unit" in line for line in lines]
+    plans = training_plans(model, 16, 64)
+    assert [row.plan is None for row in plans] == ["unit by unit" in line for line in lines]
     assert model.training
     ran = []
-    for name, block, _, _ in plans:
+    for name, block, *_ in plans:
         whole = block._whole
         block._whole = lambda x, plan, name=name, whole=whole: (ran.append((name, plan)), whole(x, plan))[1]
-    model(torch.randn(2, 3, 64, 64))
-    assert ran == [(name, plan) for name, _, _, plan in plans if plan is not None]
+    model(torch.randn(16, 3, 64, 64))
+    assert ran == [(row.name, row.plan) for row in plans if row.plan is not None]
+    grams = sum(plan.gram + plan.gram_projection for _, plan in ran)
+    assert 0 < grams == sum(line.endswith("Gram form") for line in printed if line.startswith(" "))
+    assert sum(layer["form"] == "Gram form" for row in rows for layer in row["layers"].values()) >= grams
+    assert rows[4]["layers"]["conv3"]["layer"] | {"stride": [1, 1], "padding": [0, 0]} == {
+        "in_channels": 128,
+        "out_channels": 512,
+        "kernel": [1, 1],
+        "stride": [1, 1],
+        "padding": [0, 0],
+        "groups": 1,
+        "pixels": 16 * 8 * 8,
+        "dtype": "float32",
+    }
 
 
 def test_info_says_why_triton_is_not_live(capsys: pytest.CaptureFixture[str]) -> None:
