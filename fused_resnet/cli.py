@@ -140,7 +140,8 @@ def print_plans(args: argparse.Namespace) -> int:
     from fused_resnet.blocks import training_plans
 
     model = getattr(fused_resnet, args.plan)(memory=args.memory)
-    plans = training_plans(model, args.batch, args.size)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
+        plans = training_plans(model, args.batch, args.size)
     if args.json:
         rows = [
             {
@@ -153,7 +154,8 @@ def print_plans(args: argparse.Namespace) -> int:
         ]
         print(json.dumps(rows, indent=1))
         return 0
-    print(f"{args.plan}, training, batch {args.batch}, {args.size}x{args.size}, memory={args.memory!r}, on the CPU")
+    given = f"batch {args.batch}, {args.size}x{args.size}, {args.dtype}, memory={args.memory!r}"
+    print(f"{args.plan}, training, {given}, on the CPU")
     forms, kept = ("stored output", "Gram form"), {"balanced": "raw conv outputs", "low": "statistics alone"}
     for name, block, shape, plan, layers in plans:
         how = "unit by unit; keeps raw and rectified conv outputs"
@@ -395,6 +397,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=_at_least(1), default=32, metavar="N", help="with --plan: images in a batch (32)")
     add("--size", type=_at_least(32), default=224, metavar="N", help="with --plan: pixels of an image's side (224)")
     add("--memory", choices=MEMORY, default="balanced", help="with --plan: as the models' argument (balanced)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="with --plan: fp32, or bf16 by autocast (fp32)")
     command.set_defaults(run=info)
 
     common = _Parser(add_help=False)

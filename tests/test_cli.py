@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import cli, dispatch
+from fused_resnet import cli, dispatch, use_plan
 from fused_resnet.backends import cpp, library
 from fused_resnet.blocks import training_plans
 
@@ -137,6 +137,17 @@ def test_info_plan(capsys: pytest.CaptureFixture[str]) -> None:
         "pixels": 16 * 8 * 8,
         "dtype": "float32",
     }
+
+
+def test_info_plan_under_autocast(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rules may name a dtype: that of the convs."""
+    options = ["info", "--plan", "resnet18", "--batch", "2", "--size", "64", "--json"]
+    for dtype, expected in (("fp32", "float32"), ("bf16", "bfloat16")):
+        with use_plan(layers=[{"dtype": "bfloat16", "stored": True}]):
+            assert cli.main([*options, "--dtype", dtype]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert {layer["layer"]["dtype"] for row in rows for layer in row["layers"].values()} == {expected}
+        assert [row["plan"] is None for row in rows] == [dtype == "fp32"] * 8
 
 
 def test_info_says_why_triton_is_not_live(capsys: pytest.CaptureFixture[str]) -> None:
