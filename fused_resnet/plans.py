@@ -103,7 +103,7 @@ class Rules(NamedTuple):
 
     gram_pixels_per_channel: pixels of the batch per input channel from which a conv takes the Gram form; None: none.
     prologue: whether convs read raw outputs through BN and ReLU, see `fused_resnet.ops.prologue_block`. A block does so
-        where all its convs do.
+        where all its convs do; one with groups is the library's then, its input materialised.
     stored: whether "balanced" blocks without either are one op too, which keeps raw conv outputs alone and forms the
         rectified ones again, one more pass over each; else they run unit by unit. For a layer: the last of its block.
     layers: what is otherwise for some layers; of those that fit and say, the first counts.
@@ -218,7 +218,6 @@ def look_up(layer: Layer, rules: Rules) -> Choice:
     gram, prologue, stored = (
         next(iter(said[name]), usual) for name, usual in zip(CHOICES, (enough, *rules[1:3]), strict=True)
     )
-    prologue = prologue and layer.groups == 1 and layer.pixels is not None
     return Choice(gram and may_take_gram_form(layer), prologue, stored, any(said.values()))
 
 
@@ -293,7 +292,8 @@ def plan_layers(
         grams.append(plan is not None and plan.gram_projection)
     found = []
     for i, (layer, gram) in enumerate(zip(_convs(x, convs, projection).layers(False), grams, strict=True)):
-        reads = "prologue" if plan is not None and plan.prologue and 0 < i < len(convs) else "materialised"
+        prologue = plan is not None and plan.prologue and 0 < i < len(convs) and layer.groups == 1
+        reads = "prologue" if prologue else "materialised"
         form = "Gram form" if gram else "stored output"
         found.append(LayerPlan(layer, form, reads, look_up(layer, rules(x.device)).by_layer))
     return found

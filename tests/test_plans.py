@@ -84,16 +84,15 @@ def test_the_first_rule_that_says_counts() -> None:
 def test_what_a_layer_does_not_allow(change: dict[str, Any]) -> None:
     asked = Rules(layers=(LayerRule(gram=True, prologue=True),))
     assert look_up(LAYER._replace(**change), asked).gram is False
-    assert look_up(LAYER._replace(groups=2), asked).prologue is False
     assert look_up(LAYER, asked) == Choice(True, True, False, True)
 
 
 def test_where_processes_differ_in_their_batches() -> None:
-    """No rule that depends on pixels holds for any of them, and none has prologues."""
+    """No rule that depends on pixels holds for any of them."""
     layer = LAYER._replace(pixels=None)
     ranged, others = layer_rule({"pixels": [0, None], "gram": False}), layer_rule({"gram": False, "prologue": True})
     assert look_up(layer, Rules(64.0, layers=(ranged,))).gram is True
-    assert look_up(layer, Rules(64.0, layers=(others,))) == Choice(False, False, False, True)
+    assert look_up(layer, Rules(64.0, layers=(others,))) == Choice(False, True, False, True)
     assert look_up(layer._replace(in_channels=256), Rules(64.0)).gram is False
 
 

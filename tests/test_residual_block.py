@@ -18,6 +18,15 @@ from fused_resnet.ops import residual_block as rb
 
 saved_bytes = load_benchmarks("saved").saved_bytes
 
+
+def _all_grouped() -> tuple[ResidualBlock, int]:
+    block = fr.Bottleneck(8, 4, 2, projection(8, 16, 2))
+    for name, inputs, outputs, stride in (("conv1", 8, 4, 1), ("conv3", 4, 16, 1)):
+        setattr(block, name, nn.Conv2d(inputs, outputs, 1, stride, groups=2, bias=False))
+    block.downsample[0] = nn.Conv2d(8, 16, 1, 2, groups=4, bias=False)
+    return block, 8
+
+
 BLOCKS: dict[str, Callable[[], tuple[ResidualBlock, int]]] = {
     "basic": lambda: (fr.BasicBlock(6, 6), 6),
     "basic, projection": lambda: (fr.BasicBlock(5, 6, 2, projection(5, 6, 2)), 5),
@@ -25,6 +34,11 @@ BLOCKS: dict[str, Callable[[], tuple[ResidualBlock, int]]] = {
     "bottleneck, projection": lambda: (fr.Bottleneck(5, 3, 1, projection(5, 12, 1)), 5),
     "bottleneck, stride 2": lambda: (fr.Bottleneck(6, 3, 2, projection(6, 12, 2)), 6),
     "bottleneck, groups": lambda: (fr.Bottleneck(16, 4, groups=2, base_width=64), 16),
+    "bottleneck, groups, stride 2": lambda: (
+        fr.Bottleneck(12, 4, 2, projection(12, 16, 2), groups=2, base_width=64),
+        12,
+    ),
+    "bottleneck, groups everywhere": _all_grouped,
     "bottleneck, dilation": lambda: (fr.Bottleneck(12, 3, dilation=2), 12),
 }
 
@@ -51,8 +65,10 @@ PLANS = [
 @pytest.mark.parametrize("name", BLOCKS)
 def test_float64_formulas(name: str, training: bool, plan: rb.Plan) -> None:
     block, channels = BLOCKS[name]()
-    if plan.gram and isinstance(block, fr.BasicBlock):
+    if isinstance(block, fr.BasicBlock):
         plan = plan._replace(gram=False)  # its last conv is 3x3; the projection still takes the Gram form
+    elif block.conv3.groups > 1:
+        plan = plan._replace(gram=False, gram_projection=False)
     _randomise(block)
     block.double().train(training)
     plain = fr.restore(copy.deepcopy(block))

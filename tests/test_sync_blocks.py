@@ -22,7 +22,7 @@ from fused_resnet.blocks import ResidualBlock
 from fused_resnet.ops import block_units
 from fused_resnet.ops.residual_block import Plan
 from fused_resnet.parity import compare
-from fused_resnet.plans import MERGED_GRAM_CHANNELS, plan_block
+from fused_resnet.plans import MERGED_GRAM_CHANNELS, plan_block, plan_layers
 
 
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -48,6 +48,7 @@ BLOCKS: dict[str, tuple[Callable[[], ResidualBlock], int]] = {
     "bottleneck, scaled": (_scaled, 12),
     "bottleneck, no gamma": (partial(fr.Bottleneck, 12, 3, norm_layer=partial(nn.BatchNorm2d, affine=False)), 12),
     "bottleneck, projection": (lambda: fr.Bottleneck(6, 3, 2, _projection(6, 12, 2)), 6),
+    "bottleneck, groups": (lambda: fr.Bottleneck(12, 4, 2, _projection(12, 16, 2), groups=2, base_width=64), 12),
     "bottleneck, frozen": (_frozen, 6),
     "wide": (lambda: fr.Bottleneck(24, 8, 2, _projection(24, 32, 2)), 24),
 }
@@ -60,7 +61,9 @@ Case = tuple[str, str, str, torch.dtype, tuple[int, ...]]
 def _cases(world: int) -> list[Case]:
     exact = itertools.product([name for name in BLOCKS if name != "wide"], FORMS, MEMORY, [torch.float64], SIZES[world])
     rounded = itertools.product(["wide"], FORMS, MEMORY, [torch.float32, torch.bfloat16], SIZES[world])
-    return [*exact, *rounded]
+    forms = [f"{form}, prologue" for form in FORMS]  # a process whose batch is empty does not take it
+    prologue = itertools.product(BLOCKS, forms, MEMORY[-1:], [torch.float64], SIZES[world][:1])
+    return [*exact, *rounded, *prologue]
 
 
 def _inputs(case: Case) -> tuple[ResidualBlock, Tensor, Tensor]:
@@ -118,10 +121,11 @@ def _recorded() -> Iterator[tuple[list[Any], list[Any]]]:
 
 def _part(rank: int, world: int, case: Case) -> dict[str, Any]:
     _, form, memory, _, sizes = case
+    form, _, prologue = form.partition(", ")
     block, x, cotangent = _inputs(case)
     block = fr.convert_sync_batchnorm(block)
     gram = form != "stored"
-    plan = Plan(gram and not isinstance(block, fr.BasicBlock), gram, memory)
+    plan = Plan(gram and not isinstance(block, fr.BasicBlock), gram, memory, bool(prologue))
     with pytest.MonkeyPatch.context() as patch, _recorded() as (primitives, collectives):
         if form == "fallback" and rank % 2:
             patch.setattr(block_units, "_CANCELLED", -1.0)
@@ -204,13 +208,15 @@ def test_gram_form_is_what_ran(parts: list[dict[str, Any]]) -> None:
     """Where it was planned nothing reads or writes the wide raw output, but on a process that fell back."""
     for index, case in enumerate(_cases(len(parts))):
         name, form, _, _, sizes = case
+        form, _, prologue = form.partition(", ")
         block = BLOCKS[name][0]()
         last = 0 if isinstance(block, fr.BasicBlock) else 1
         wide = block.conv3.out_channels if last else 0
         for rank, part in enumerate(parts):
             primitives = part["cases"][index]["primitives"]
             planned = form != "stored" and sizes[rank] > 0
-            moments = sum(primitive == "second_moments" for primitive, _ in primitives)
+            kernel = "prologue_moments" if prologue else "second_moments"
+            moments = sum(primitive == kernel for primitive, _ in primitives)
             assert moments == (last + (block.downsample is not None) if planned else 0), case
             if last:
                 stored = [p for p in primitives if p[0].startswith("bn_act") and p[1] == wide]
@@ -223,6 +229,18 @@ def test_a_norm_of_this_process_among_others_that_merge(parts: list[dict[str, An
         assert whole.keys() == units.keys()
         for name, value in units.items():
             torch.testing.assert_close(whole[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_prologues_are_for_blocks_with_groups_and_merged_statistics_too() -> None:
+    block = fr.Bottleneck(64, 16, groups=4, base_width=64)
+    convs = (block.conv1, block.conv2, block.conv3)
+    with fr.use_plan(prologue=True):
+        for merged in (False, True):
+            plan = plan_block(torch.empty(2, 64, 2, 2), convs, None, "balanced", merged)
+            assert plan is not None
+            assert plan.prologue
+        reads = [row.input for row in plan_layers(torch.empty(2, 64, 2, 2), convs, None, plan)]
+        assert reads == ["materialised", "materialised", "prologue"]
 
 
 def test_plans_of_merging_blocks_do_not_depend_on_the_batch() -> None:

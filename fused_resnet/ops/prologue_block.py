@@ -10,15 +10,21 @@ the kernels. Forward, with a_k = relu(bn_k(y_k)) formed on the way in:
 Backward, g_k the gradient of bn_k(y_k) and dy_k = A (g_k - S1/M - xhat S2/M) formed on the way in:
 
     g_{k-1} = dgrad(dy_k) * (a_{k-1} > 0), with its sums S1 and S2      dW_k = wgrad(dy_k, a_{k-1})
+
+A conv with groups is the library's: for it alone a_{k-1} and dy_k are tensors, formed and dropped around its calls.
+Statistics and sums that are merged across processes (`Unit.group`) are exchanged between the kernels, in the order of
+`residual_block`, so that a process whose batch is empty may take that form.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_resnet import dispatch
+from fused_resnet.folding import accumulate_dtype
 from fused_resnet.ops.block_units import (
     Plan,
     Spec,
@@ -30,11 +36,12 @@ from fused_resnet.ops.block_units import (
     gram_state,
 )
 from fused_resnet.ops.checks import as_layout, check_batch_statistics, check_shape, conv_output_shape
+from fused_resnet.ops.sync_bn_act import local_statistics, mean_gradients, merge_statistics
 
 
-def serves(x: Tensor, units: tuple[Unit, ...]) -> bool:
-    """Whether a block can run this way: no groups in its convs, no statistics of other processes, x not empty."""
-    return bool(x.numel()) and all(unit.groups == 1 and unit.group is None for unit in units)
+def serves(x: Tensor) -> bool:
+    """Whether a block can run this way: no kernel takes an empty tensor."""
+    return bool(x.numel())
 
 
 def _bn(unit: Unit, state: State) -> tuple[Any, ...]:
@@ -43,20 +50,43 @@ def _bn(unit: Unit, state: State) -> tuple[Any, ...]:
 
 def _conv(x: Tensor, bn: Any, unit: Unit, backend: str) -> State:
     """The raw output of a unit, and the statistics that its BN takes of it or is given."""
-    if unit.training:
-        shape = conv_output_shape(x, unit.weight, unit.stride, unit.padding, unit.dilation)
-        check_batch_statistics(shape, unit.eps)
+    state = given_state(unit)
+    if not unit.training:
+        return _again(state, x, bn, unit, backend)
+    shape = conv_output_shape(x, unit.weight, unit.stride, unit.padding, unit.dilation)
+    check_batch_statistics(shape, unit.eps, unit.group is not None)
     running = (unit.running_mean, unit.running_var, unit.momentum)
-    args = (bn, unit.weight, *unit.geometry[:3], unit.training, *running)
-    y, mean, var = dispatch.call("prologue_conv_forward", x, *args, backend=backend)
-    state = given_state(unit)._replace(y=y)
-    return state._replace(mean=mean, var=var) if unit.training else state
+    if unit.groups > 1:
+        y = _grouped(x, bn, unit, backend)
+        mean, var = local_statistics(y)
+    else:
+        own = running if unit.group is None else (None, None, 0.0)
+        args = (bn, unit.weight, *unit.geometry[:3], True, *own)
+        y, mean, var = dispatch.call("prologue_conv_forward", x, *args, backend=backend)
+    if unit.groups > 1 or unit.group is not None:
+        mean, var, count = merge_statistics(mean, var, y.numel() // y.shape[1], *running, unit.group)
+        state = state._replace(count=count)
+    return state._replace(y=y, mean=mean, var=var)
+
+
+def _grouped(x: Tensor, bn: Any, unit: Unit, backend: str) -> Tensor:
+    return torch.conv2d(_rectified(x, bn, backend), unit.weight, None, *unit.geometry)
+
+
+def _rectified(x: Tensor, bn: Any, backend: str) -> Tensor:
+    """relu(bn(x)), x without a BN."""
+    if bn is None:
+        return x
+    mean, var, gamma, beta, eps = bn
+    return dispatch.call("bn_act_eval_forward", x, gamma, beta, mean, var, None, eps, "relu", backend=backend)
 
 
 def _again(state: State, x: Tensor, bn: Any, unit: Unit, backend: str) -> State:
     """The state with the unit's raw output, computed again where it was not kept."""
     if state.y is not None:
         return state
+    if unit.groups > 1:
+        return state._replace(y=_grouped(x, bn, unit, backend))
     args = (bn, unit.weight, *unit.geometry[:3], False, None, None, 0.0)
     return state._replace(y=dispatch.call("prologue_conv_forward", x, *args, backend=backend)[0])
 
@@ -66,7 +96,7 @@ def _gram(x: Tensor, bn: Any, unit: Unit, backend: str) -> State | None:
     if not unit.training:
         return given_state(unit)
     n, _, h, w = conv_output_shape(x, unit.weight, unit.stride, unit.padding, unit.dilation)
-    check_batch_statistics((n, x.shape[1], h, w), unit.eps)
+    check_batch_statistics((n, x.shape[1], h, w), unit.eps, unit.group is not None)
     mu, moments = dispatch.call("prologue_moments", x, bn, unit.stride, backend=backend)
     return gram_state(unit, mu, moments, n * h * w)
 
@@ -81,14 +111,16 @@ def forward(x: Tensor, spec: Spec) -> tuple[Tensor, list[State], Plan]:
         states.append(_conv(y, bn, unit, backend))
         y, bn = states[-1].y, _bn(unit, states[-1])
 
-    end = _gram(y, bn, last, backend) if plan.gram else None
     projected, shortcut = None, x
-    folded: tuple[Tensor, Tensor] | None = None  # weight and shift of a projection that the end's product takes in
     if projection is not None:
         projected = _gram(x, None, projection, backend) if plan.gram_projection else None
         plan = plan._replace(gram_projection=projected is not None)
         if projected is None:
             projected = _conv(x, None, projection, backend)
+    end = _gram(y, bn, last, backend) if plan.gram else None
+    folded: tuple[Tensor, Tensor] | None = None  # weight and shift of a projection that the end's product takes in
+    if projection is not None and projected is not None:
+        if projected.y is not None:
             shortcut = _apply(projected, projection, None, None, backend)
         else:
             folded = gram_folded(projection, projected)
@@ -149,14 +181,35 @@ def backward(
     if spec.projected:
         inputs.append((x, None))
 
+    def merged(sums: Any, i: int) -> Any:
+        """The sums of unit i, which are its BN's gradients; as the kernels take them, whose count is this process's."""
+        grads[i][1:] = sums
+        unit, y = units[i], states[i].y
+        if not unit.training:
+            return None
+        if unit.group is None:
+            return sums
+        mean_g, mean_gx = mean_gradients(sums[1], sums[0], states[i].count, unit.group)
+        rows = y.numel() // y.shape[1]
+        return mean_gx * rows, mean_g * rows
+
     def through_unit(g: Tensor, i: int, sums: Any, needs_input: bool, add: Tensor | None = None) -> Any:
-        """(gradient of what the unit reads, its BN's sums); g is the gradient of the unit's own BN."""
+        """(gradient of what the unit reads, its BN's sums); g is the gradient of the unit's own BN, `sums` `merged`."""
         unit, (a, bn) = units[i], inputs[i]
-        known = (states[i].y, _bn(unit, states[i]), sums if unit.training else None)
+        if unit.groups > 1:
+            mask = [needs_input, needs_weight[i], False]
+            da, grads[i][0] = _grouped_gradients(g, states[i], sums, a, bn, unit, mask, backend)
+            if da is None:
+                return None, None
+            if bn is None:
+                return _added(da, add), None
+            args = (_rectified(a, bn, backend), a, *bn[:2], bn[4])
+            da, *previous = dispatch.call("bn_mask_backward", as_layout(da, a), *args, backend=backend)
+            return da, previous
+        known = (states[i].y, _bn(unit, states[i]), sums)
         if needs_weight[i]:
             options = (a, bn, tuple(unit.weight.shape[2:]), *unit.geometry[:3])
             grads[i][0] = dispatch.call("prologue_conv_grad_weight", g, *known, *options, backend=backend)
-        grads[i][1:] = sums
         if not needs_input:
             return None, None
         args = (*known, unit.weight, a, bn, add, *unit.geometry[:3])
@@ -185,14 +238,53 @@ def backward(
         da, sums = through_gram(g, last)
     else:
         g, sums = masked(grad, out, last)
-        da, sums = through_unit(g, last, sums, True)
+        da, sums = through_unit(g, last, merged(sums, last), True)
     shortcut: Tensor | None = g
-    if spec.projected:
-        if spec.plan.gram_projection:
-            shortcut, _ = through_gram(g, last + 1)
-        else:
-            _, own = masked(g, None, last + 1)
-            shortcut, _ = through_unit(g, last + 1, own, needs_x)
     for i in reversed(range(last)):
-        da, sums = through_unit(da, i, sums, needs_x or i > 0, shortcut if i == 0 else None)
+        whole = merged(sums, i)
+        if i == 0 and spec.projected:
+            if spec.plan.gram_projection:
+                shortcut, _ = through_gram(g, last + 1)
+            else:
+                _, own = masked(g, None, last + 1)
+                shortcut, _ = through_unit(g, last + 1, merged(own, last + 1), needs_x)
+        da, sums = through_unit(da, i, whole, needs_x or i > 0, shortcut if i == 0 else None)
     return da if needs_x else None, grads
+
+
+def _grouped_gradients(
+    g: Tensor, state: State, sums: Any, x: Tensor, bn: Any, unit: Unit, mask: list[bool], backend: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """(da, dW) of bn(conv(a)), a = relu(bn(x)), by the library; `mask` says which of them are asked for."""
+    if not any(mask):
+        return None, None
+    a = _rectified(x, bn, backend)
+    dy = _raw_gradient(g, state, unit, sums, backend)
+    weight, (stride, padding, dilation, groups) = unit.weight, unit.geometry
+    found = torch.ops.aten.convolution_backward(
+        dy, a, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
+    return found[0], found[1]
+
+
+def _raw_gradient(g: Tensor, state: State, unit: Unit, sums: Any, backend: str) -> Tensor:
+    """A (g - S1/M - xhat S2/M), the gradient of a unit's raw output from that of its BN, as a tensor."""
+    y = state.y
+    acc = accumulate_dtype(y.dtype)
+    scale = torch.rsqrt(state.var.to(acc) + unit.eps)
+    if unit.gamma is not None:
+        scale = scale * unit.gamma.to(acc)
+    scaled = torch.mul(g, scale.view(1, -1, 1, 1), out=torch.empty_like(y))
+    if sums is None:
+        return scaled
+    grad_gamma, grad_beta = (-scale * s.to(acc) / (y.numel() // y.shape[1]) for s in sums)
+    args = (grad_gamma, grad_beta, state.mean, state.var, scaled, unit.eps, None)
+    return dispatch.call("bn_act_eval_forward", y, *args, backend=backend)
+
+
+def _added(da: Tensor, add: Tensor | None) -> Tensor:
+    """da + add, where `add` belongs to the pixels that a 1x1 conv of some stride reads."""
+    if add is not None:
+        steps = (-(-da.shape[2] // add.shape[2]), -(-da.shape[3] // add.shape[3]))
+        da[:, :, :: steps[0], :: steps[1]] += add
+    return da

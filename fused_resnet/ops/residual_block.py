@@ -165,7 +165,7 @@ class ResidualBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: Spec, *flat: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            prologue = spec.plan.prologue and prologue_block.serves(x, spec.units)
+            prologue = spec.plan.prologue and prologue_block.serves(x)
             spec = spec._replace(plan=spec.plan._replace(prologue=prologue))
             out, states, plan = (prologue_block.forward if prologue else _forward)(x, spec)
         if plan.memory == "low":

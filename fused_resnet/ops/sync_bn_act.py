@@ -89,7 +89,7 @@ def _synchronised(*args: Any) -> Tensor:
 setattr(_synchronised, "_torchdynamo_disable", True)  # noqa: B010
 
 
-def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+def local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the channels of x, zeros where it is empty, in the accumulation type."""
     if not x.numel():
         zeros = x.new_zeros(x.shape[1], dtype=accumulate_dtype(x.dtype))
@@ -153,7 +153,7 @@ def sync_bn_act_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`bn_act_train_forward` with the statistics of a group: (out, mean, var, count)."""
     rows = x.shape[0] * math.prod(x.shape[2:])
-    mean, var, count = merge_statistics(*_local_statistics(x), rows, running_mean, running_var, momentum, group)
+    mean, var, count = merge_statistics(*local_statistics(x), rows, running_mean, running_var, momentum, group)
     if not x.numel():
         return torch.empty_like(x), mean, var, count
     args = (gamma, beta, mean, var, residual, eps, activation)

@@ -243,6 +243,7 @@ def _block(kind: str) -> tuple[fr.blocks.ResidualBlock, int]:
         "basic, stride 2": lambda: (fr.BasicBlock(20, 24, 2, projection(20, 24, 2)), 20),
         "bottleneck": lambda: (fr.Bottleneck(64, 16), 64),
         "bottleneck, stride 2": lambda: (fr.Bottleneck(24, 16, 2, projection(24, 64, 2)), 24),
+        "bottleneck, groups": lambda: (fr.Bottleneck(24, 16, 2, projection(24, 64, 2), groups=2, base_width=64), 24),
     }
     return blocks[kind]()
 
@@ -252,7 +253,9 @@ TRAINED = [(True, dtype, plan) for dtype in (torch.float32, torch.bfloat16) for 
 
 
 @pytest.mark.parametrize(("training", "dtype", "plan"), [*TRAINED, (False, torch.bfloat16, PLANS[0])], ids=str)
-@pytest.mark.parametrize("kind", ["basic", "basic, stride 2", "bottleneck", "bottleneck, stride 2"])
+@pytest.mark.parametrize(
+    "kind", ["basic", "basic, stride 2", "bottleneck", "bottleneck, stride 2", "bottleneck, groups"]
+)
 def test_blocks(kind, training, dtype, plan):
     """At least as accurate as torch's modules in the same dtype, both against float64."""
     torch.manual_seed(0)
