@@ -1,75 +1,81 @@
-"""Memory of large outputs in inference on the CPU, which a network keeps from call to call.
+"""Memory of large tensors on the CPU, which a network keeps from call to call.
 
-The pages of a large new tensor cost as much time as the convolution that fills it. A storage is given out again only
-where no tensor refers to it any more, so that nothing that somebody holds is written over. Each thread has its own.
+The pages of a large new tensor cost as much time as the convolution that fills it. Within a network's calls, and in the
+backward passes of its ops, csrc's kernels take the memory of their outputs from the network's pool. It goes back there
+when the last tensor that uses it is gone, so nothing that somebody holds is ever written over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-_LEAST = 8 << 20  # bytes; smaller ones come from a heap that keeps its pages
-_PASSES = 2  # without use, after which a storage is dropped
+from fused_resnet.backends import cpp
 
-_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
-
-
-class _Pool:
-    """The storages of one network and thread, each with the pass that last took it."""
-
-    def __init__(self) -> None:
-        self.taken: list[tuple[torch.UntypedStorage, int]] = []
-        self.passes = 0
-
-    def take(self, nbytes: int) -> torch.UntypedStorage:
-        """A storage of at least that size, and less than twice that, to which no tensor refers."""
-        best = None
-        for index, (storage, _) in enumerate(self.taken):
-            fits = nbytes <= storage.nbytes() < 2 * nbytes and _use_count(storage._cdata) == 1
-            if fits and (best is None or storage.nbytes() < self.taken[best][0].nbytes()):
-                best = index
-        storage = torch.UntypedStorage(nbytes) if best is None else self.taken.pop(best)[0]
-        self.taken.append((storage, self.passes))
-        return storage
-
-    def end(self) -> None:
-        self.passes += 1
-        self.taken = [(storage, last) for storage, last in self.taken if last >= self.passes - _PASSES]
+_ops = torch.ops.fused_resnet_cpp
+_LEAST = 1 << 20  # bytes; smaller ones come from a heap that keeps its pages
 
 
 class _Active(threading.local):
-    pool: _Pool | None = None
+    buffers: Buffers | None = None
 
 
 _active = _Active()
 
 
 class Buffers:
-    """What a network keeps. In no pickle or copy."""
+    """A network's pool. In no pickle or copy. Several threads may use it at once."""
 
-    __slots__ = ("_threads",)
+    __slots__ = ("__weakref__", "_lock", "_pool")
 
     def __init__(self) -> None:
-        self._threads = threading.local()
+        self._pool = 0
+        self._lock = threading.Lock()
+
+    def _id(self) -> int:
+        with self._lock:
+            if not self._pool:
+                self._pool = _ops.pool_new.default(_LEAST)
+                weakref.finalize(self, _ops.pool_drop.default, self._pool).atexit = False
+            return self._pool
 
     @contextlib.contextmanager
-    def reused(self) -> Iterator[None]:
-        """Within, `empty` takes from what is kept; what two passes did not take is dropped afterwards."""
-        pool = self._threads.__dict__.get("pool")
-        if pool is None:
-            pool = self._threads.pool = _Pool()
-        before, _active.pool = _active.pool, pool
+    def active(self) -> Iterator[None]:
+        """Within, in this thread, csrc's kernels take memory from the pool."""
+        if cpp.unavailable("cpu") is not None:
+            yield
+            return
+        before, _active.buffers = _active.buffers, self
+        _ops.pool_activate.default(self._id())
         try:
             yield
         finally:
-            _active.pool = before
-            pool.end()
+            _active.buffers = before
+            _ops.pool_activate.default(0 if before is None else before._id())
+
+    @contextlib.contextmanager
+    def reused(self) -> Iterator[None]:
+        """`active` for one pass; what two passes did not take goes back to the system."""
+        try:
+            with self.active():
+                yield
+        finally:
+            if self._pool:
+                _ops.pool_end_pass.default(self._pool)
+
+    def clear(self) -> None:
+        """Give all memory that no tensor uses back to the system."""
+        if self._pool:
+            _ops.pool_clear.default(self._pool)
+
+    def kept(self) -> list[int]:
+        """The sizes in bytes of what is kept and used by no tensor."""
+        return _ops.pool_kept.default(self._pool) if self._pool else []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Buffers:
         return Buffers()
@@ -78,9 +84,11 @@ class Buffers:
         return Buffers, ()
 
 
-def empty(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
-    """(n, c, h, w), channels_last, uninitialised, of `like`'s dtype."""
-    strides, nbytes = (h * w * c, 1, w * c, c), n * c * h * w * like.element_size()
-    if _active.pool is None or nbytes < _LEAST or _use_count is None or torch.is_grad_enabled():
-        return like.new_empty_strided((n, c, h, w), strides)
-    return like.new_empty(0).set_(_active.pool.take(nbytes), 0, (n, c, h, w), strides)
+def current() -> Buffers | None:
+    """The pool that is active in this thread, for `using` in the backward pass."""
+    return _active.buffers
+
+
+def using(buffers: Buffers | None) -> contextlib.AbstractContextManager[None]:
+    """A context in which that pool is active; with None as things are."""
+    return contextlib.nullcontext() if buffers is None else buffers.active()

@@ -39,6 +39,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "bn_act": ("bn_act_train_forward", "bn_act_eval_forward", "bn_act_backward"),
     "bn_act_pool": ("bn_act_pool_train_forward", "bn_act_pool_eval_forward", "bn_act_pool_backward"),
     "bn_bn_act": ("bn_bn_act_train_forward", "bn_bn_act_backward"),
+    "conv": ("conv_forward", "conv_backward"),
     "conv_bias_act": ("conv_bias_act_forward",),
     "conv_bn_act": ("conv_bn_act_forward",),
     "prologue": (
@@ -63,6 +64,7 @@ AUTOMATIC: dict[str, dict[str, tuple[str, ...]]] = {
         "bn_act": ("cpp", "reference"),
         "bn_act_pool": ("cpp", "reference"),
         "bn_bn_act": ("cpp", "reference"),
+        "conv": ("cpp", "reference"),
         "conv_bias_act": ("cpp", "library", "reference"),
         "conv_bn_act": ("library", "cpp", "reference"),
         "prologue": ("reference",),
@@ -74,6 +76,7 @@ AUTOMATIC: dict[str, dict[str, tuple[str, ...]]] = {
         "bn_act": ("triton", "cpp", "reference"),
         "bn_act_pool": ("triton", "cpp", "reference"),
         "bn_bn_act": ("triton", "cpp", "reference"),
+        "conv": ("reference",),
         "conv_bias_act": ("library", "reference"),
         "conv_bn_act": ("library", "reference"),
         "prologue": ("triton", "reference"),  # asked for by the plans that say so alone

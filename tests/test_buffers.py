@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import pickle
 import threading
 from collections.abc import Callable
@@ -24,9 +26,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffers, "_LEAST", 0)
 
 
-def kept(model: nn.Module) -> list[torch.UntypedStorage]:
-    pool = model._outputs._threads.__dict__.get("pool")
-    return [] if pool is None else [storage for storage, _ in pool.taken]
+def kept(model: nn.Module) -> list[int]:
+    """The sizes of what a network keeps and no tensor uses."""
+    return model._outputs.kept()
 
 
 def net(frozen: bool) -> nn.Module:
@@ -38,13 +40,15 @@ def net(frozen: bool) -> nn.Module:
 
 @pytest.mark.parametrize("frozen", [False, True])
 @torch.no_grad()
-def test_storages_are_used_again(frozen: bool) -> None:
+def test_memory_is_used_again(frozen: bool) -> None:
     model, x = net(frozen), images(2, 3, 64, 64)
-    first = model(x)
-    addresses = {storage.data_ptr() for storage in kept(model)}
-    assert addresses
-    assert torch.equal(model(x), first)
-    assert {storage.data_ptr() for storage in kept(model)} == addresses
+    first = model(x).clone()  # which packs the weights too
+    model(x)
+    before = sorted(kept(model))
+    assert before
+    for _ in range(3):
+        assert torch.equal(model(x), first)
+        assert sorted(kept(model)) == before
 
 
 @torch.no_grad()
@@ -75,10 +79,10 @@ def test_what_somebody_holds_is_not_written_over() -> None:
 def test_what_two_calls_do_not_take_is_dropped() -> None:
     model = net(frozen=False)
     model(images(4, 3, 64, 64))
-    large = max(storage.nbytes() for storage in kept(model))
+    large = max(kept(model))
     for _ in range(3):
         model(images(1, 3, 64, 64))
-    assert 0 < max(storage.nbytes() for storage in kept(model)) < large
+    assert 0 < max(kept(model)) < large
     count = len(kept(model))
     for _ in range(20):
         model(images(1, 3, 64, 64))
@@ -96,7 +100,7 @@ def test_copies_and_files_have_none(again: Callable[[nn.Module], nn.Module]) -> 
     assert torch.equal(twin(x), out)
 
 
-def test_threads_have_their_own() -> None:
+def test_threads_at_once() -> None:
     model = net(frozen=True)
     inputs = [images(2, 3, 64, 64, seed=seed) for seed in range(3)]
     with torch.no_grad():
@@ -115,14 +119,101 @@ def test_threads_have_their_own() -> None:
     assert not wrong
 
 
-def test_training_keeps_nothing() -> None:
-    model = net(frozen=False)
-    model(images(2, 3, 64, 64)).sum().backward()
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_training_takes_the_same_memory_at_each_step() -> None:
+    """Forward and backward; what is kept between steps does not grow, and gradients are those of new memory."""
+    model, x = net(frozen=False).train(), images(2, 3, 64, 64)
+    plain = copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buffers.Buffers, "active", lambda self: contextlib.nullcontext())
+        expected = [step(plain, x) for _ in range(4)]
+    assert not kept(plain)
+    sizes = []
+    for i in range(4):
+        assert all(map(torch.equal, step(model, x), expected[i]))
+        sizes.append(sorted(kept(model)))
+    assert sizes[1]
+    assert sizes[1] == sizes[2] == sizes[3]
+
+
+def test_saved_tensors_outlive_the_forward() -> None:
+    """Two graphs at once, a second backward of a kept one, and a graph whose network is gone."""
+    model, inputs = net(frozen=False).train(), [images(2, 3, 64, 64, seed=seed) for seed in range(3)]
+    expected = [step(copy.deepcopy(model), x) for x in inputs]
+    losses = [model(x).square().sum() for x in inputs]
+    parameters = list(model.parameters())
+    for loss, grads in zip(losses[:2], expected, strict=False):
+        for _ in range(2):
+            found = torch.autograd.grad(loss, parameters, retain_graph=True)
+            assert all(map(torch.equal, found, grads))
+    del model
+    found = torch.autograd.grad(losses[2], parameters)
+    assert all(map(torch.equal, found, expected[2]))
+
+
+def test_a_change_of_mode_gives_it_back() -> None:
+    model = net(frozen=False).train()
+    step(model, images(2, 3, 64, 64))
+    assert kept(model)
+    model.eval()
     assert not kept(model)
 
 
 def test_outside_of_a_network_tensors_are_new() -> None:
     x = images(1, 32, 8, 8)
-    one, two = (buffers.empty(x, 1, 32, 8, 8) for _ in range(2))
+    one, two = (cpp._ops.new_images(x, 1, 32, 8, 8) for _ in range(2))
     assert one.data_ptr() != two.data_ptr()
     assert one.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_pools_within_pools() -> None:
+    """The inner one serves, then the outer one again; each gets back what it gave."""
+    x, (outer, inner) = images(1, 32, 8, 8), (buffers.Buffers(), buffers.Buffers())
+    with outer.reused():
+        first = cpp._ops.new_images(x, 1, 32, 8, 8)
+        with inner.reused():
+            second = cpp._ops.new_images(x, 2, 32, 8, 8)
+        third = cpp._ops.new_images(x, 3, 32, 8, 8)
+        assert buffers.current() is outer
+    assert buffers.current() is None
+    del first, third
+    assert sorted(outer.kept()) == [8192, 24576]
+    assert not inner.kept()
+    del second
+    assert inner.kept() == [16384]
+    inner.clear()
+    assert not inner.kept()
+
+
+def test_a_tensor_outlives_its_pool() -> None:
+    pool = buffers.Buffers()
+    with pool.reused():
+        held = cpp._ops.new_images(images(1, 32, 8, 8), 1, 32, 8, 8).fill_(3)
+    del pool
+    gc.collect()
+    assert torch.all(held == 3)
+
+
+def test_pooled_memory_is_like_any_other() -> None:
+    """Views, NumPy, in-place operations, pickles, sharing with processes."""
+    pool, x = buffers.Buffers(), images(1, 32, 8, 8)
+    with pool.reused():
+        y = cpp._ops.new_images(x, 1, 32, 8, 8).fill_(2)
+    array, view = y.numpy(), y[:, 4:6]
+    y.add_(1)
+    assert (array == 3).all()
+    assert torch.equal(pickle.loads(pickle.dumps(y)), y)
+    assert torch.equal(copy.deepcopy(y), y)
+    y.share_memory_()
+    del y
+    assert torch.all(view == 3)
+
+
+def test_unknown_pools_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="no memory pool 123456"):
+        cpp._ops.pool_activate(123456)

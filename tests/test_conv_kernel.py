@@ -24,10 +24,6 @@ def channels_last(*shape: int) -> Tensor:
     return torch.randn(*shape).contiguous(memory_format=torch.channels_last)
 
 
-def conv(x: Tensor, weight: Tensor, bias: Any, residual: Any, *options: Any, out: Tensor | None = None) -> Tensor:
-    return cpp._direct(x, weight, bias, residual, out, *options)
-
-
 def packed_by(name: str, panel: int) -> Callable[..., Tensor]:
     """`conv` of a weight that was packed before; a packed one comes with a bias."""
 
@@ -38,7 +34,8 @@ def packed_by(name: str, panel: int) -> Callable[..., Tensor]:
     return conv
 
 
-DIRECT = {"panels of 32": conv, "panels of 64": packed_by("conv_pack", 64)}
+DIRECT = {f"panels of {panel}": packed_by("conv_pack", panel) for panel in (32, 64)}
+conv = DIRECT["panels of 32"]
 BY_WINOGRAD = {f"panels of {panel}": packed_by("winograd_pack", panel) for panel in (32, 64)}
 
 

@@ -1,7 +1,7 @@
 // out = relu(x + residual) and its gradient, over dense memory of any layout.
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace fused_resnet {
@@ -27,7 +27,7 @@ void for_blocks(int64_t n, const F& f) {
 Tensor add_relu_forward(const Tensor& x, const Tensor& residual) {
   STD_TORCH_CHECK(is_dense(x), "x must be dense");
   check_like(residual, x, "residual");
-  Tensor out = new_like(x);
+  Tensor out = new_large_like(x);
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T *px = read<T>(x), *pr = read<T>(residual);
@@ -40,7 +40,7 @@ Tensor add_relu_forward(const Tensor& x, const Tensor& residual) {
 Tensor add_relu_backward(const Tensor& grad, const Tensor& out) {
   STD_TORCH_CHECK(is_dense(out), "out must be dense");
   check_like(grad, out, "grad");
-  Tensor grad_x = new_like(out);
+  Tensor grad_x = new_large_like(out);
   dispatch_dtype(out.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T *pg = read<T>(grad), *po = read<T>(out);

@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../checks.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace fused_resnet {

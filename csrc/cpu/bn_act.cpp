@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_train_forward(
   const int64_t c = shape.c;
   const ScalarType acc = acc_dtype(x.scalar_type());
   if (residual) check_like(*residual, x, "residual");
-  Tensor out = new_like(x);
+  Tensor out = new_large_like(x);
   if (shape.numel() == 0) return {out, new_zero_vector(x, c), new_zero_vector(x, c)};
   Tensor mean = new_vector(x, c), var = new_vector(x, c);
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
@@ -167,7 +167,7 @@ Tensor bn_act_eval_forward(const Tensor& x, const OptionalTensor& gamma, const O
   const int64_t c = shape.c;
   const ScalarType acc = acc_dtype(x.scalar_type());
   if (residual) check_like(*residual, x, "residual");
-  Tensor out = new_like(x);
+  Tensor out = new_large_like(x);
   if (shape.numel() == 0) return out;
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
   }
   check_vector(mean, c, acc, "mean");
   check_vector(var, c, acc, "var");
-  Tensor grad_x = new_like(x), grad_residual = mask == Mask::out ? new_like(x) : no_tensor(x);
+  Tensor grad_x = new_large_like(x), grad_residual = mask == Mask::out ? new_large_like(x) : no_tensor(x);
   if (shape.numel() == 0) return {grad_x, new_zero_vector(x, c), new_zero_vector(x, c), grad_residual};
   Tensor grad_gamma = new_vector(x, c), grad_beta = new_vector(x, c);
   dispatch_dtype(x.scalar_type(), [&](auto tag) {

@@ -342,7 +342,7 @@ std::pair<Tensor, Tensor> pooled(const Tensor& x, const Pool& s, const Vectors<a
                                  const Statistics<acc_t<T>>* stats, bool relu, bool with_offsets) {
   const auto size = s.out_size(), stride = s.out_stride();
   const int64_t none = 0, one = 1;
-  Tensor out = new_strided(x, 4, size.data(), stride.data(), dtype_code(x));
+  Tensor out = new_large(x, 4, size.data(), stride.data(), dtype_code(x));
   Tensor offsets = with_offsets ? new_strided(x, 4, size.data(), stride.data(), aoti_torch_dtype_uint8())
                                 : new_strided(x, 1, &none, &one, aoti_torch_dtype_uint8());
   if (s.shape.numel()) {
@@ -403,7 +403,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pool_backward(const Tensor& grad, cons
   STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Byte, "offsets must be uint8");
   check_pooled(grad, s, "grad");
   check_pooled(offsets, s, "offsets");
-  Tensor grad_x = new_like(x), grad_gamma = new_zero_vector(x, c), grad_beta = new_zero_vector(x, c);
+  Tensor grad_x = new_large_like(x), grad_gamma = new_zero_vector(x, c), grad_beta = new_zero_vector(x, c);
   if (s.shape.numel() == 0) return {grad_x, grad_gamma, grad_beta};
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

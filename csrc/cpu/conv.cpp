@@ -154,12 +154,12 @@ void copy_images(Conv& conv, const float* x, float* to) {
 void run(Conv conv, Operands op) {
   const Blocks blocks(conv);
   const bool at_once = conv.copied && blocks.groups > 1;
-  const Buffer images(at_once ? conv.n * (conv.h + 2 * conv.pad_h) * conv.row() : 0);
+  const Buffer<true> images(at_once ? conv.n * (conv.h + 2 * conv.pad_h) * conv.row() : 0);
   if (at_once) copy_images(conv, op.x, images.data()), op.x = images.data();
   const int64_t count = conv.n * blocks.per_image, items = count * blocks.groups;
   const int64_t work = conv.n * conv.out_h * conv.out_w * conv.panels() * conv.panel_size() / items / 16;
   parallel_dynamic(items, work, [&](const auto& next) {
-    const Buffer buffer(conv.copied ? ((blocks.rows - 1) * conv.stride_h + conv.reach()) * conv.row() : 0);
+    const Buffer<> buffer(conv.copied ? ((blocks.rows - 1) * conv.stride_h + conv.reach()) * conv.row() : 0);
     for (int64_t item = next(); item >= 0; item = next()) {  // a group's weights meet all blocks, then come the next
       const int64_t block = item % count, group = item / count;
       const int64_t n = block / blocks.per_image, first = block % blocks.per_image * blocks.rows;
@@ -212,7 +212,7 @@ void run_pooled(const Conv& conv, const Operands& op) {
   parallel_dynamic(conv.n * per_image, conv.out_h * conv.out_w * steps / per_image / 16, [&](const auto& next) {
     const int64_t rows = 2 * ceil_div(height, per_image) + 1;
     const int64_t copied = conv.copied ? ((rows - 1) * conv.stride_h + conv.reach()) * conv.row() : 0;
-    const Buffer buffer(copied + rows * row);
+    const Buffer<> buffer(copied + rows * row);
     float* y = buffer.data() + copied;
     for (int64_t item = next(); item >= 0; item = next()) {
       const int64_t n = item / per_image, part = item % per_image;
@@ -236,27 +236,20 @@ void run_pooled(const Conv& conv, const Operands& op) {
 // ---- operators --------------------------------------------------------------------------------------------------------
 
 // (K, C, R, S) -> (panels, R, S, C, wide), the last panel filled up with zeros.
-Tensor conv_pack(const Tensor& weight, int64_t wide) {
+Tensor conv_pack(const Tensor& weight, int64_t wide, bool backward) {
   panel_of(wide);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, "weight must be (K, C, R, S), float32");
-  const auto size = weight.sizes(), stride = weight.strides();
-  const int64_t k = size[0], c = size[1], r = size[2], s = size[3], panels = ceil_div(k, wide);
+  const WeightView from(weight, backward);
+  const int64_t r = from.r, s = from.s, c = from.c, panels = ceil_div(from.k, wide);
   const int64_t sizes[] = {panels, r, s, c, wide};
   const int64_t strides[] = {r * s * c * wide, s * c * wide, c * wide, wide, 1};
-  Tensor packed = new_strided(weight, 5, sizes, strides, dtype_code(weight));
-  const float* from = read<float>(weight);
+  Tensor packed = new_large(weight, 5, sizes, strides, dtype_code(weight));
   float* to = write<float>(packed);
-  const int64_t sk = stride[0], sc = stride[1], sr = stride[2], ss = stride[3];
-  parallel_items(panels, strides[0], false, [=](int64_t p) {
-    float* out = to + p * strides[0];
-    const int64_t columns = std::min(wide, k - p * wide);
-    for (int64_t y = 0; y < r; ++y) {
-      for (int64_t x = 0; x < s; ++x) {
-        for (int64_t i = 0; i < c; ++i, out += wide) {
-          const float* column = from + p * wide * sk + i * sc + y * sr + x * ss;
-          for (int64_t j = 0; j < wide; ++j) out[j] = j < columns ? column[j * sk] : 0.0f;
-        }
-      }
+  const int64_t lines = ceil_div(c, kLine);
+  parallel_items(panels * lines, r * s * kLine * wide, false, [=](int64_t item) {
+    const int64_t p = item / lines, first = item % lines * kLine, count = std::min(kLine, c - first);
+    float* out = to + p * strides[0] + first * wide;
+    for (int64_t tap = 0; tap < r * s; ++tap) {
+      from.panel(p * wide, wide, first, count, tap / s, tap % s, out + tap * strides[2], wide);
     }
   });
   return packed;

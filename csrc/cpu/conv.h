@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
+#include "memory.h"
 #include "parallel.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -22,9 +22,9 @@ constexpr int64_t kChain = 256;  // products that are added up one after the oth
 constexpr int64_t kLine = 16;    // floats of a cache line
 constexpr int64_t kAhead = 8;    // steps, of the weights asked for
 
-// `rows` x `runs` runs of `length` floats of x, `row_step` and `run_step` apart; pixels of x are `x_stride` apart, and the
-// second half of a tile of two output rows stands `fold` after the first.
-struct Reduction { int64_t rows, runs, length, row_step, run_step, x_stride, fold; };
+// `rows` x `runs` runs of `length` floats of x, `row_step` and `run_step` apart, the floats of a run `step`; pixels of x are
+// `x_stride` apart, and the second half of a tile of two output rows stands `fold` after the first.
+struct Reduction { int64_t rows, runs, length, row_step, run_step, x_stride, fold, step = 1; };
 
 struct Target {
   const float *bias, *sum;  // what the tile starts from; nullptr: 0
@@ -36,15 +36,51 @@ struct Target {
 
 using TileFunction = void (*)(const Reduction&, const float* x, const float* weight, const Target&);
 
-// y = bias + sum + x w over a Reduction, for M pixels and a panel's channels.
+inline bool conv_available() {
+#ifdef FR_CONV
+  return __builtin_cpu_supports("avx512f");
+#else
+  return false;
+#endif
+}
+
 #ifdef FR_CONV
 #pragma GCC push_options
 #pragma GCC target("avx512f")
+#pragma GCC diagnostic ignored "-Wuninitialized"        // what GCC's own headers pass on where nothing is merged
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // `total`, which is read only where it was written
 inline __m512 relu(__m512 v) {  // keeps NaN
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
 }
 
+// to[j][i] = from[i][j] of 16 x 16 floats.
+inline void transpose(const float* from, int64_t from_step, float* to, int64_t to_step) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * from_step);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  const auto pair = [](__m512 x, __m512 y, auto high) {
+    const __m512d p = _mm512_castps_pd(x), q = _mm512_castps_pd(y);
+    return _mm512_castpd_ps(high.value ? _mm512_unpackhi_pd(p, q) : _mm512_unpacklo_pd(p, q));
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // a[i + j]: columns j, 4 + j, 8 + j, 12 + j of rows i to i + 3
+    a[i] = pair(b[i], b[i + 2], std::false_type{}), a[i + 1] = pair(b[i], b[i + 2], std::true_type{});
+    a[i + 2] = pair(b[i + 1], b[i + 3], std::false_type{}), a[i + 3] = pair(b[i + 1], b[i + 3], std::true_type{});
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), even2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd), odd2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+    _mm512_storeu_ps(to + j * to_step, _mm512_shuffle_f32x4(even, even2, 0x88));
+    _mm512_storeu_ps(to + (4 + j) * to_step, _mm512_shuffle_f32x4(odd, odd2, 0x88));
+    _mm512_storeu_ps(to + (8 + j) * to_step, _mm512_shuffle_f32x4(even, even2, 0xdd));
+    _mm512_storeu_ps(to + (12 + j) * to_step, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
+  }
+}
+
+// y = bias + sum + x w over a Reduction, for M pixels and a panel's channels.
 template <int M, int V, bool Folded>
 void tile(const Reduction& sum, const float* x, const float* w, const Target& to) {
   __m512 y[M][V];
@@ -83,7 +119,7 @@ void tile(const Reduction& sum, const float* x, const float* w, const Target& to
         const int64_t length = std::min(kChain, sum.length - begin);
         if (length > left) add_up(), left = kChain;
         left -= length;
-        for (int64_t k = 0; k < length; ++k, ++v, w += V * kLine, ahead += kLine) {
+        for (int64_t k = 0; k < length; ++k, v += sum.step, w += V * kLine, ahead += kLine) {
           __m512 weight[V];
           _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
 #pragma GCC unroll 4
@@ -141,7 +177,9 @@ inline Panel panel_of(int64_t channels) {
   return {64, 6, &kTiles<4, 6>[0], &kFoldedTiles<4, 6>[0]};
 }
 
-// Memory that a thread keeps, for the pages of a new buffer cost as much as what is done with them.
+// Memory that a thread keeps, for the pages of a new buffer cost as much as what is done with them. `Shared`: by all threads
+// of an operator, whose own buffers are others.
+template <bool Shared = false>
 class Buffer {
  public:
   explicit Buffer(int64_t size) {
@@ -158,6 +196,41 @@ class Buffer {
   float* data_;
 };
 
+// A weight (K, C, R, S) as a packing function reads it. `backward`: that of the convolution that takes a stride-1 conv's
+// gradient from its output to its input: channels exchanged, taps in reverse.
+struct WeightView {
+  const float* first;
+  int64_t k, c, r, s, step_k, step_c, step_r, step_s;
+
+  WeightView(const Tensor& weight, bool backward) {
+    STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, "weight must be (K, C, R, S), float32");
+    k = weight.size(0), c = weight.size(1), r = weight.size(2), s = weight.size(3), first = read<float>(weight);
+    step_k = weight.stride(0), step_c = weight.stride(1), step_r = weight.stride(2), step_s = weight.stride(3);
+    if (!backward) return;
+    first += (r - 1) * step_r + (s - 1) * step_s;
+    std::swap(k, c), std::swap(step_k, step_c), step_r = -step_r, step_s = -step_s;
+  }
+
+  // to[j][i] = weight[i0 + i][j0 + j] of a tap, i < wide, zeros from k on, and j < count <= 16; rows of `to` are `step` apart.
+  void panel(int64_t i0, int64_t wide, int64_t j0, int64_t count, int64_t y, int64_t x, float* to, int64_t step) const {
+    const float* from = this->first + i0 * step_k + j0 * step_c + y * step_r + x * step_s;
+    const int64_t there = std::clamp<int64_t>(k - i0, 0, wide);
+    int64_t done = 0;
+#ifdef FR_CONV
+    if (step_c == 1 && count == kLine && conv_available()) {
+      for (; done + kLine <= there; done += kLine) transpose(from + done * step_k, step_k, to + done, step);
+    }
+#endif
+    for (int64_t j = 0; j < count; ++j) {
+      float* row = to + j * step;
+      const float* column = from + j * step_c;
+      if (step_k == 1) std::memcpy(row, column, there * sizeof(float));
+      else for (int64_t i = done; i < there; ++i) row[i] = column[i * step_k];
+      std::memset(row + there, 0, (wide - there) * sizeof(float));
+    }
+  }
+};
+
 struct Operands {
   const float *x, *weight, *bias, *residual;
   float* out;
@@ -168,14 +241,6 @@ struct Operands {
 void winograd(const Tensor& x, const Tensor& packed, const Tensor& out, int64_t pad_h, int64_t pad_w, const Operands& op);
 
 // What is checked
-
-inline bool conv_available() {
-#ifdef FR_CONV
-  return __builtin_cpu_supports("avx512f");
-#else
-  return false;
-#endif
-}
 
 inline void check_nhwc(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, name, " must be (N, C, H, W), float32");

@@ -142,7 +142,7 @@ void run(const Winograd& conv, const Operands& op) {
   const int64_t largest = ceil_div(conv.patches(), blocks);
   const int64_t work = largest * kPoints * conv.c * kChannelsAtOnce / 16;
   parallel_dynamic(blocks * groups, work, [&](const auto& next) {
-    const Buffer buffer(kPoints * largest * (conv.c + wide) + conv.c);
+    const Buffer<> buffer(kPoints * largest * (conv.c + wide) + conv.c);
     float *v = buffer.data(), *m = v + kPoints * largest * conv.c, *zeros = m + kPoints * largest * wide;
     std::memset(zeros, 0, conv.c * sizeof(float));
     int64_t held = -1;  // the block whose patches are in v
@@ -160,36 +160,46 @@ void run(const Winograd& conv, const Operands& op) {
 
 // ---- operators --------------------------------------------------------------------------------------------------------
 
-// (K, C, 3, 3) -> (panels, 4, 4, 1, C, wide): G w G', computed in double, the last panel filled up with zeros.
-Tensor winograd_pack(const Tensor& weight, int64_t wide) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(2) == 3 && weight.size(3) == 3,
-                  "weight must be (K, C, 3, 3), float32");
+// G w G' of `wide` output channels, whose taps stand kMostWide apart, in double, rounded once; points stand `step` apart.
+constexpr int64_t kMostWide = 64;
+FR_CLONES void transform_weight(int64_t wide, const float* __restrict w, float* __restrict to, int64_t step) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < wide; ++j) {
+    double half[4][3];
+    for (int s = 0; s < 3; ++s) {
+      const double top = w[s * kMostWide + j], middle = w[(3 + s) * kMostWide + j], bottom = w[(6 + s) * kMostWide + j];
+      const double sum = top + bottom;
+      half[0][s] = top, half[1][s] = 0.5 * (sum + middle), half[2][s] = 0.5 * (sum - middle), half[3][s] = bottom;
+    }
+    for (int a = 0; a < 4; ++a) {
+      const double *h = half[a], sum = h[0] + h[2];
+      float* row = to + 4 * a * step + j;
+      row[0] = float(h[0]), row[step] = float(0.5 * (sum + h[1])), row[2 * step] = float(0.5 * (sum - h[1]));
+      row[3 * step] = float(h[2]);
+    }
+  }
+}
+
+// (K, C, 3, 3) -> (panels, 4, 4, 1, C, wide): G w G', the last panel filled up with zeros.
+Tensor winograd_pack(const Tensor& weight, int64_t wide, bool backward) {
   panel_of(wide);
-  const int64_t k = weight.size(0), c = weight.size(1), panels = ceil_div(k, wide), matrix = c * wide;
+  const WeightView from(weight, backward);
+  STD_TORCH_CHECK(from.r == 3 && from.s == 3, "weight must be (K, C, 3, 3)");
+  const int64_t c = from.c, panels = ceil_div(from.k, wide), matrix = c * wide, lines = ceil_div(c, kLine);
   const int64_t sizes[] = {panels, 4, 4, 1, c, wide};
   const int64_t strides[] = {kPoints * matrix, 4 * matrix, matrix, matrix, wide, 1};
-  Tensor packed = new_strided(weight, 6, sizes, strides, dtype_code(weight));
-  const float* from = read<float>(weight);
+  Tensor packed = new_large(weight, 6, sizes, strides, dtype_code(weight));
   float* to = write<float>(packed);
-  const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
-  constexpr double g[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
-  parallel_items(panels * c, kPoints * wide, false, [=](int64_t item) {
-    const int64_t p = item / c, i = item % c;
-    for (int64_t j = 0; j < wide; ++j) {
-      const bool there = p * wide + j < k;
-      const float* w = from + (there ? (p * wide + j) * sk : 0) + i * sc;
-      double half[4][3];
-      for (int a = 0; a < 4; ++a) {
-        for (int s = 0; s < 3; ++s) {
-          half[a][s] = g[a][0] * w[s * ss] + g[a][1] * w[sr + s * ss] + g[a][2] * w[2 * sr + s * ss];
-        }
-      }
-      for (int a = 0; a < 4; ++a) {
-        for (int b = 0; b < 4; ++b) {
-          const double value = g[b][0] * half[a][0] + g[b][1] * half[a][1] + g[b][2] * half[a][2];
-          to[p * strides[0] + (4 * a + b) * matrix + i * wide + j] = there ? float(value) : 0.0f;
-        }
-      }
+  parallel_items(panels * lines, kPoints * kLine * wide, false, [=](int64_t item) {
+    const int64_t p = item / lines, first = item % lines * kLine, count = std::min(kLine, c - first);
+    float taps[kLine][9][kMostWide];
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      from.panel(p * wide, wide, first, count, tap / 3, tap % 3, taps[0][tap], 9 * kMostWide);
+    }
+    float points[kPoints][kLine * kMostWide];  // for long runs of stores
+    for (int64_t i = 0; i < count; ++i) transform_weight(wide, taps[i][0], points[0] + i * wide, kLine * kMostWide);
+    for (int64_t point = 0; point < kPoints; ++point) {
+      std::memcpy(to + p * strides[0] + point * matrix + first * wide, points[point], count * wide * sizeof(float));
     }
   });
   return packed;

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_resnet import buffers
 from fused_resnet.backends import cutlass, library, reference, selfcheck
 from fused_resnet.folding import accumulate_dtype, update_running_stats
-from fused_resnet.ops.checks import conv_extent, is_channels_last
+from fused_resnet.ops.checks import conv_extent, conv_output_shape, is_channels_last
 
 _SCHEMAS = (
     "add_relu_forward(Tensor x, Tensor residual) -> Tensor",
@@ -52,15 +51,23 @@ _SCHEMAS = (
     " -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_x2, Tensor grad_gamma2, Tensor grad_beta2)",
     "second_moments(Tensor rows) -> (Tensor mean, Tensor moments)",
     "cuda_check() -> ()",
+    "pool_new(int least) -> int",
+    "pool_drop(int pool) -> ()",
+    "pool_activate(int pool) -> ()",
+    "pool_end_pass(int pool) -> ()",
+    "pool_clear(int pool) -> ()",
+    "pool_kept(int pool) -> int[]",
+    "new_images(Tensor like, int n, int c, int h, int w) -> Tensor",
     "conv_available() -> bool",
-    "conv_pack(Tensor weight, int panel) -> Tensor",
-    "winograd_pack(Tensor weight, int panel) -> Tensor",
+    "conv_pack(Tensor weight, int panel, bool backward=False) -> Tensor",
+    "winograd_pack(Tensor weight, int panel, bool backward=False) -> Tensor",
     "conv_check(Tensor x, Tensor weight, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,"
     " int dilation_w) -> ()",
     "conv_bias_act(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor(a!) out, int stride_h, int stride_w,"
     " int pad_h, int pad_w, int dilation_h, int dilation_w, bool relu) -> ()",
     "conv_relu_pool(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out, int stride_h, int stride_w, int pad_h,"
     " int pad_w, int dilation_h, int dilation_w) -> ()",
+    "winograd_gradient(Tensor x, Tensor grad, Tensor(a!) out, int pad_h, int pad_w) -> ()",
     "conv_bn_act(Tensor x, Tensor packed, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
     " Tensor? residual, Tensor(a!) out, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,"
     " int dilation_w, float eps, bool relu) -> ()",
@@ -68,13 +75,21 @@ _SCHEMAS = (
 _PANEL, _WIDE_PANEL = 32, 64  # output channels that csrc's convolution takes at a time
 _POOL = ((3, 3), (2, 2), (1, 1), (1, 1))  # the stem's max pool: kernel, stride, padding, dilation
 _KEPT = 6  # arguments of a choice for weights that are packed once: (weight, *geometry, activation)
+_PACKED_AT_EACH_CALL = 512  # output pixels from which that costs less than it gains
 _DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 _MOST_VALUES = 2**31 - 2**22  # of a channel, on CUDA: kMostPositions in csrc/cuda/plan.h
-ONLY_ON = {"bn_bn_act_train_forward": "cuda", "bn_bn_act_backward": "cuda", "second_moments": "cuda"}
+ONLY_ON = {
+    "conv_forward": "cpu",
+    "conv_backward": "cpu",
+    "bn_bn_act_train_forward": "cuda",
+    "bn_bn_act_backward": "cuda",
+    "second_moments": "cuda",
+}
 NOTES = {
+    "conv": "training; what csrc's kernels do not serve is torch's",
     "conv_bias_act": "conv in torch, epilogue in csrc",
     "conv_bn_act": "conv in torch, epilogue in csrc",
 }
@@ -210,6 +225,14 @@ def _is_direct(x: Tensor, weight: Tensor, groups: int) -> bool:
     return _is_packed(weight) or (weight.dtype == x.dtype and x.numel() > 0 and is_channels_last(x))
 
 
+def _pays(weight: Tensor, pixels: int, stride: Any, padding: Any, dilation: Any, shape: tuple[int, ...]) -> bool:
+    """Whether csrc's convolution, where it serves a batch, is faster than oneDNN's though it packs its weight."""
+    channels, inputs, *kernel = weight.shape
+    if channels % _PANEL or max(dilation) > 1 or pixels < _PACKED_AT_EACH_CALL:
+        return False
+    return max(kernel) == 1 or inputs < 16 or _by_winograd(weight, shape, stride, padding, dilation)
+
+
 def partly(op: str) -> tuple[bool, str] | None:
     """Where the automatic choice does not take this backend for all calls: (whether for some, for which or why not)."""
     if op != "conv_bias_act":
@@ -233,18 +256,26 @@ def on_request(op: str, device_type: str) -> str:
 
 def slower(primitive: str, x: Tensor, *args: Any) -> str | None:
     """Why another backend is faster at this call, which the automatic choice asks."""
-    if not primitive.startswith("conv_") or library.unavailable("cpu") or library.supports(primitive, x, *args):
+    if not primitive.startswith("conv_") or library.unavailable("cpu"):
+        return None
+    if primitive in ("conv_forward", "conv_backward"):
+        weight, groups = (args[0], args[5]) if primitive == "conv_forward" else (args[1], args[6])
+        if library.switched_off("cpu") or not _is_direct(x, weight, groups):
+            return conv_unavailable() or "csrc's convolution is for float32 in channels_last, ungrouped"
+        return None
+    if library.supports(primitive, x, *args):
         return None
     if primitive == "conv_bn_act_forward":
         return "oneDNN's fused convolution is faster"
-    weight, *geometry, groups, _ = args
+    weight, geometry, groups = args[0], args[-5:-2], args[-2]
     if not _is_direct(x, weight, groups):
         return conv_unavailable() or "csrc's convolution is for float32 in channels_last, ungrouped"
-    if len(args) > _KEPT:
-        return "csrc's convolution would pack the weight at each call"
     channels, inputs, *kernel = weight.shape
     if max(geometry[2]) > 1:
         return "oneDNN leaves out products with padding, of which dilated convolutions have many"
+    shape = conv_output_shape(x, weight, *geometry) if len(args) > _KEPT else None
+    if shape is not None and shape[0] * shape[2] * shape[3] < _PACKED_AT_EACH_CALL:
+        return "csrc's convolution would pack the weight at each call"
     if x.shape[0] > 1 and max(kernel) > 1 and inputs >= 16 and not _by_winograd(weight, x.shape, *geometry):
         return "oneDNN's fused convolution is faster for batches"
     return None if channels % _PANEL == 0 else f"csrc's convolution wastes work on {channels} output channels"
@@ -465,6 +496,104 @@ def _like(residual: Tensor, y: Tensor) -> Tensor:
     return residual if residual.stride() == y.stride() else torch.empty_like(y).copy_(residual)
 
 
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    geometry = (stride, padding, dilation)
+    n, _, height, width = conv_output_shape(x, weight, *geometry)
+    if _is_direct(x, weight, groups) and _pays(weight, n * height * width, *geometry, tuple(x.shape)):
+        return _direct(x, weight, bias, None, None, *geometry, None)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    onto: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_x = grad_weight = None
+    if _is_direct(grad, weight, groups) and _is_direct(x, weight, groups):
+        if needs_x:
+            grad_x = _input_gradient(grad, x, weight, onto, stride, padding, dilation)
+            needs_x = grad_x is None
+        if needs_weight:
+            grad_weight = _weight_gradient(grad, x, weight, stride, padding, dilation)
+            needs_weight = grad_weight is None
+    if needs_x or needs_weight:
+        rest = (onto, stride, padding, dilation, groups, needs_x, needs_weight)
+        torchs = reference.conv_backward(grad, x, weight, *rest)
+        grad_x, grad_weight = (torchs[0] if needs_x else grad_x), (torchs[1] if needs_weight else grad_weight)
+    return grad_x, grad_weight
+
+
+def _input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    onto: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor | None:
+    """Added to `onto`, where a convolution of csrc's is the faster way to it; else None."""
+    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
+    kernel = weight.shape[2:]
+    if onto is not None and not is_channels_last(onto):
+        return None
+    if stride != (1, 1) and (max(kernel) > 1 or padding != (0, 0) or onto is None):
+        return None
+    margins = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
+    if min(margins) < 0 or not _pays(weight.transpose(0, 1), pixels, (1, 1), margins, dilation, tuple(grad.shape)):
+        return None
+    packed = pack(weight, tuple(grad.shape), (1, 1), margins, dilation, 1, backward=True)
+    dense = onto if stride == (1, 1) else None
+    size = x.shape[2:] if stride == (1, 1) else grad.shape[2:]
+    out = _ops.new_images.default(x, x.shape[0], x.shape[1], *size) if dense is None else dense
+    _ops.conv_bias_act.default(grad, packed, None, dense, out, 1, 1, *margins, 1, 1, False)
+    if stride == (1, 1) or onto is None:
+        return out
+    onto[:, :, :: stride[0], :: stride[1]] += out
+    return onto
+
+
+_LEAST_CHANNELS = 256  # for a matrix product to be as good as oneDNN's gradient of a 1x1 conv's weight
+
+
+def _weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor | None:
+    """Where there is a faster way to it than oneDNN's; else None."""
+    k, c, *kernel = weight.shape
+    if kernel == [1, 1] and padding == (0, 0) and min(k, c) >= _LEAST_CHANNELS:
+        if stride != (1, 1):
+            x = x[:, :, :: stride[0], :: stride[1]]
+        rows = x.permute(0, 2, 3, 1).reshape(-1, c)
+        return (grad.permute(0, 2, 3, 1).reshape(-1, k).t() @ rows).view(k, c, 1, 1)
+    if c % 16 or k % 16 or not _by_winograd(weight, tuple(x.shape), stride, padding, dilation):
+        return None
+    out = torch.empty_like(weight, memory_format=torch.channels_last)
+    _ops.winograd_gradient.default(x, grad, out, *padding)
+    return out
+
+
 def conv_bias_act_forward(
     x: Tensor,
     weight: Tensor,
@@ -523,10 +652,10 @@ def _direct(
         channels = bias.shape[0]  # type: ignore[union-attr]
     else:
         channels, _, *kernel = weight.shape
-        weight = _ops.conv_pack.default(weight, _PANEL)
+        weight = pack(weight, tuple(x.shape), stride, padding, dilation, 1)
     if out is None:
         height, width = map(conv_extent, x.shape[2:], kernel, stride, padding, dilation)
-        out = buffers.empty(x, x.shape[0], channels, height, width)
+        out = _ops.new_images.default(x, x.shape[0], channels, height, width)
     if residual is not None:
         residual = _like(residual, out)
     _ops.conv_bias_act.default(x, weight, bias, residual, out, *stride, *padding, *dilation, activation == "relu")
@@ -551,7 +680,7 @@ def relu_pool(
 
     def run(x: Tensor) -> Tensor:
         height, width = map(conv_extent, map(conv_extent, x.shape[2:], kernel, stride, padding, dilation), *_POOL)
-        out = buffers.empty(x, x.shape[0], channels, height, width)
+        out = _ops.new_images.default(x, x.shape[0], channels, height, width)
         _ops.conv_relu_pool.default(x, packed, bias, out, *stride, *padding, *dilation)
         return out
 
@@ -570,17 +699,20 @@ def pack(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    backward: bool = False,
 ) -> Tensor:
     """A (K, C, R, S) weight as csrc's convolution reads it: (panels of 32 or 64 channels, R, S, C, 32 or 64);
     transformed for Winograd's algorithm, where that serves inputs of the shape, (panels, 4, 4, 1, C, 32 or 64). Either
-    serves all shapes. On CUDA `cutlass.pack`'s."""
+    serves all shapes. `backward`: of the convolution (the arguments are its own) that takes a gradient of the weight's
+    conv from its output to its input. On CUDA `cutlass.pack`'s."""
     if weight.is_cuda:
         return cutlass.pack(weight)
-    if _by_winograd(weight, input_shape, stride, padding, dilation):
-        return _ops.winograd_pack.default(weight, _PANEL)
+    read = weight.transpose(0, 1) if backward else weight
+    if _by_winograd(read, input_shape, stride, padding, dilation):
+        return _ops.winograd_pack.default(weight, _PANEL, backward)
     pointwise = tuple(weight.shape[2:]) == tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
-    wide = pointwise and weight.shape[0] % _WIDE_PANEL == 0 and input_shape[0] * math.prod(input_shape[2:]) >= 14 * 14
-    return _ops.conv_pack.default(weight, _WIDE_PANEL if wide else _PANEL)
+    wide = pointwise and read.shape[0] % _WIDE_PANEL == 0 and input_shape[0] * math.prod(input_shape[2:]) >= 14 * 14
+    return _ops.conv_pack.default(weight, _WIDE_PANEL if wide else _PANEL, backward)
 
 
 def conv_bn_act_forward(

@@ -269,6 +269,44 @@ def bn_act_pool_backward(
     return bn_act_backward(grad, x, None, gamma, beta, mean, var, eps, activation, training, False)[:3]
 
 
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """conv2d(x, weight, bias)."""
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    onto: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of conv2d(x, weight): (grad_x, grad_weight), each None where it is not needed.
+
+    grad_x is added to `onto`, of x's shape and layout, which may be written over.
+    """
+    mask = [needs_x, needs_weight, False]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
+    if onto is not None and needs_x:
+        grad_x = onto.add_(grad_x)
+    return grad_x, grad_weight
+
+
 def conv_bias_act_forward(
     x: Tensor,
     weight: Tensor,

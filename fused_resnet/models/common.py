@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from fused_resnet.blocks import BasicBlock, ResidualBlock
+from fused_resnet.buffers import Buffers
 from fused_resnet.foreach import Together
 from fused_resnet.modules import FusedModule, Units, as_leaf, call_part, call_reason, is_ours, is_watched
 from fused_resnet.ops.checks import autocast_dtype, is_traced
@@ -27,12 +28,26 @@ class Network(FusedModule):
     def __init__(self) -> None:
         super().__init__()
         self._together = Together()
+        self._outputs = Buffers()
 
-    def _at_once(self, x: Tensor) -> AbstractContextManager[None]:
-        """For the layers of a forward of x: batches are counted, and weights cast for autocast, all at once. Not where
-        code of others may run between them, or torch records each operation."""
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:
+            self._outputs.clear()
+        return super().train(mode)
+
+    @contextlib.contextmanager
+    def _at_once(self, x: Tensor) -> Iterator[None]:
+        """For the layers of a forward of x: batches are counted, and weights cast for autocast, all at once; large
+        tensors take memory that the network keeps. Not where torch records each operation."""
         if not self._fused or isinstance(x, Proxy) or is_traced(x) or call_reason() is not None:
-            return contextlib.nullcontext()
+            yield
+            return
+        keeps = x.device.type == "cpu"
+        with self._outputs.reused() if keeps else contextlib.nullcontext(), self._together_in(x):
+            yield
+
+    def _together_in(self, x: Tensor) -> AbstractContextManager[None]:
+        """Not where code of others may run between the layers."""
         differentiates = torch.is_grad_enabled()
         if not (differentiates or self.training):
             return contextlib.nullcontext()

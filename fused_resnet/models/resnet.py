@@ -13,11 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn import functional as F
 
 from fused_resnet import batchnorm, dispatch, ops
 from fused_resnet.blocks import BasicBlock, Bottleneck, run_blocks
-from fused_resnet.buffers import Buffers
 from fused_resnet.models.common import (
     DeepStem,
     Network,
@@ -31,6 +29,7 @@ from fused_resnet.models.common import (
 from fused_resnet.models.weights import load_weights
 from fused_resnet.modules import Units, call_reason, is_watched, unfused_reason
 from fused_resnet.ops.checks import is_stem_pool, is_traced, needs_grad
+from fused_resnet.ops.conv import conv2d
 from fused_resnet.ops.conv_bias_act import check_conv
 
 
@@ -91,7 +90,6 @@ class ResNet(Network):
                 raise ValueError(f"a plain network has BasicBlock's convs, got {block.__name__}")
             block = PlainBlock
         self._shortcut, self._pooled = shortcut, pooled_shortcut
-        self._outputs = Buffers()
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self.inplanes = 64
         self.dilation = 1
@@ -164,7 +162,7 @@ class ResNet(Network):
                 )
                 weight = self._autocast_weights(x, {"conv1": conv}).get("conv1", conv.weight)
                 return ops.bn_act_pool(
-                    F.conv2d(x, weight, conv.bias, *geometry),
+                    conv2d(x, weight, conv.bias, *geometry),
                     bn.weight,
                     bn.bias,
                     *batchnorm.running(bn),
@@ -201,12 +199,11 @@ class ResNet(Network):
         ):
             x = x.contiguous(memory_format=torch.channels_last)  # once, here: every block keeps the layout
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        if self._fused and not torch.is_grad_enabled() and not is_traced(x) and call_reason() is None:
-            with self._outputs.reused():
+        with self._at_once(x):
+            if self._fused and not torch.is_grad_enabled() and not is_traced(x) and call_reason() is None:
                 pooled = type(self.maxpool) is nn.MaxPool2d and not is_watched(self.maxpool)
                 x = run_blocks(stages, self._stem(x), overwrite=pooled)
-        else:
-            with self._at_once(x):
+            else:
                 x = self._stem(x)
                 for stage in stages:
                     x = stage(x)

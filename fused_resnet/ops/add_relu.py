@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_resnet import dispatch
+from fused_resnet import buffers, dispatch
 from fused_resnet.ops.checks import as_layout, check_input, check_shape, dense, is_autocast, is_traced, needs_grad
 
 
@@ -52,12 +52,13 @@ class AddReLUFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor, backend: str) -> Tensor:
         out = _forward(x, residual, backend)
         ctx.save_for_backward(out)
-        ctx.backend = backend
+        ctx.backend, ctx.buffers = backend, buffers.current()
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
-        grad = dispatch.call("add_relu_backward", as_layout(grad, out), out, backend=ctx.backend)
+        with buffers.using(ctx.buffers):
+            grad = dispatch.call("add_relu_backward", as_layout(grad, out), out, backend=ctx.backend)
         return grad, grad, None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_resnet import dispatch
+from fused_resnet import buffers, dispatch
 from fused_resnet.folding import update_running_stats
 from fused_resnet.ops.add_relu import add_relu
 from fused_resnet.ops.checks import (
@@ -156,16 +156,18 @@ class BNActFunction(torch.autograd.Function):
         keep = out if activation == "relu" and residual is not None else None
         ctx.save_for_backward(x, keep, gamma, beta, mean, var)
         ctx.options = (eps, activation, training, residual is not None)
-        ctx.backend = backend
+        ctx.backend, ctx.buffers = backend, buffers.current()
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, out, gamma, beta, mean, var = ctx.saved_tensors
-        grad_x, grad_gamma, grad_beta, grad_residual = dispatch.call(
-            "bn_act_backward", as_layout(grad, x), x, out, gamma, beta, mean, var, *ctx.options, backend=ctx.backend
-        )
+        known = (x, out, gamma, beta, mean, var, *ctx.options)
+        with buffers.using(ctx.buffers):
+            grad_x, grad_gamma, grad_beta, grad_residual = dispatch.call(
+                "bn_act_backward", as_layout(grad, x), *known, backend=ctx.backend
+            )
         return (
             grad_x,
             None if gamma is None else grad_gamma.to(gamma.dtype),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_resnet import dispatch
+from fused_resnet import buffers, dispatch
 from fused_resnet.folding import update_running_stats
 from fused_resnet.ops.checks import (
     as_layout,
@@ -127,7 +127,7 @@ class BNActPoolFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(offsets, x, gamma, beta, mean, var)
         ctx.options = (eps, activation, training)
-        ctx.backend = backend
+        ctx.backend, ctx.buffers = backend, buffers.current()
         return out
 
     @staticmethod
@@ -135,9 +135,10 @@ class BNActPoolFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         offsets, x, gamma, beta, mean, var = ctx.saved_tensors
         args = (offsets, x, gamma, beta, mean, var, *ctx.options)
-        grad_x, grad_gamma, grad_beta = dispatch.call(
-            "bn_act_pool_backward", as_layout(grad, offsets), *args, backend=ctx.backend
-        )
+        with buffers.using(ctx.buffers):
+            grad_x, grad_gamma, grad_beta = dispatch.call(
+                "bn_act_pool_backward", as_layout(grad, offsets), *args, backend=ctx.backend
+            )
         return (
             grad_x,
             None if gamma is None else grad_gamma.to(gamma.dtype),

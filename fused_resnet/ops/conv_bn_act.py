@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fused_resnet import dispatch
 from fused_resnet.ops.bn_act import bn_act
@@ -17,6 +16,7 @@ from fused_resnet.ops.checks import (
     is_traced,
     needs_grad,
 )
+from fused_resnet.ops.conv import conv2d
 from fused_resnet.ops.conv_bias_act import check_conv, conv_layout
 
 
@@ -77,7 +77,7 @@ def conv_bn_act(
         or running_mean is None
         or running_var is None
     ):
-        y = F.conv2d(x, weight, bias, *conv)
+        y = conv2d(x, weight, bias, *conv)
         options = {"training": training, "momentum": momentum, "eps": eps, "activation": activation}
         return bn_act(y, gamma, beta, running_mean, running_var, residual, **options)  # type: ignore[arg-type]
     if dtype is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_resnet import dispatch, foreach
+from fused_resnet import buffers, dispatch, foreach
 from fused_resnet.folding import accumulate_dtype
 from fused_resnet.ops import prologue_block
 from fused_resnet.ops.block_units import (
@@ -33,6 +33,7 @@ from fused_resnet.ops.block_units import (
     gram_state,
 )
 from fused_resnet.ops.checks import as_layout, autocast_dtype, check_batch_statistics, check_shape, conv_output_shape
+from fused_resnet.ops.conv import conv_backend
 from fused_resnet.ops.sync_bn_act import sync_bn_act_backward, sync_bn_act_forward
 
 
@@ -70,8 +71,8 @@ def _images(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
-def _conv(x: Tensor, unit: Unit) -> Tensor:
-    return torch.conv2d(x, unit.weight, None, *unit.geometry)
+def _conv(x: Tensor, unit: Unit, backend: str) -> Tensor:
+    return dispatch.call("conv_forward", x, unit.weight, None, *unit.geometry, backend=conv_backend(backend))
 
 
 def _sampled(x: Tensor, unit: Unit) -> Tensor:
@@ -131,17 +132,40 @@ def _gram_forward(
     return dispatch.call("conv_bias_act_forward", a, *args, backend=backend), state
 
 
-def _gram_backward(g: Tensor, a: Tensor, unit: Unit, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gram_backward(
+    g: Tensor, a: Tensor, unit: Unit, state: State, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(da, dW, dgamma, dbeta) of bn(conv(a)) in Gram form."""
+    by_convs = g.device.type == "cpu" and g.dtype == torch.float32
     g_rows, a_rows = _rows(g), _rows(a)
-    q, s1 = _products(g_rows, a_rows, accumulate_dtype(a.dtype))
+    if by_convs:
+        options = (None, *_POINTWISE, False, True)
+        q = dispatch.call("conv_backward", g, a, unit.weight, *options, backend=conv_backend(backend))[1].flatten(1)
+        s1 = g_rows.sum(0)
+    else:
+        q, s1 = _products(g_rows, a_rows, accumulate_dtype(a.dtype))
     found = gram_gradients(q, s1, g_rows.shape[0], unit, state)
     scaled = found.scaled.to(g.dtype)
-    if found.square is None or found.shift is None:
-        da = g_rows @ scaled
+    da = None
+    if found.square is not None and found.shift is not None:
+        square, shift = found.square.to(g.dtype), found.shift.to(g.dtype)
+        da = _pointwise(a, square, shift, None, backend) if by_convs else torch.addmm(shift, a_rows, square)
+    if by_convs:
+        da = _pointwise(g, scaled, None, da, backend)
     else:
-        da = torch.addmm(found.shift.to(g.dtype), a_rows, found.square.to(g.dtype)).addmm_(g_rows, scaled)
-    return _images(da, a), found.weight, found.gamma, found.beta
+        da = _images(g_rows @ scaled if da is None else da.addmm_(g_rows, scaled), a)
+    return da, found.weight, found.gamma, found.beta
+
+
+_POINTWISE = ((1, 1), (0, 0), (1, 1), 1)
+
+
+def _pointwise(x: Tensor, matrix: Tensor, shift: Tensor | None, onto: Tensor | None, backend: str) -> Tensor:
+    """x matrix + shift + onto, x (N, C, H, W) and the matrix (C, K); may be written over `onto`."""
+    args = (matrix.t()[:, :, None, None], shift, onto, *_POINTWISE, None)
+    choice = dispatch.choose("conv_bias_act_forward", x, *args, backend=conv_backend(backend))
+    function = choice.function if onto is None or choice.onto_residual is None else choice.onto_residual
+    return function(x, *args)
 
 
 _CHUNK = 8192
@@ -171,6 +195,7 @@ class ResidualBlockFunction(torch.autograd.Function):
         if plan.memory == "low":
             states = [state._replace(y=None) for state in states]
         blank: Any = dict.fromkeys(("weight", "gamma", "beta", "running_mean", "running_var"))
+        ctx.buffers = buffers.current()
         ctx.spec = spec._replace(units=tuple(u._replace(**blank) for u in spec.units), plan=plan)
         ctx.save_for_backward(x, out, *flat, *(t for state in states for t in state))
         return out
@@ -187,7 +212,7 @@ class ResidualBlockFunction(torch.autograd.Function):
         saved = saved[3 * count :]
         size = len(State._fields)
         states = [State(*saved[size * i : size * (i + 1)]) for i in range(count)]
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), buffers.using(ctx.buffers):
             backward = prologue_block.backward if ctx.spec.plan.prologue else _backward
             dx, grads = backward(grad, x, out, ctx.spec._replace(units=units), states, ctx.needs_input_grad)
         flat: list[Tensor | None] = []
@@ -203,7 +228,7 @@ def _forward(x: Tensor, spec: Spec) -> tuple[Tensor, list[State], Plan]:
     states: list[State] = []
     a = x
     for unit in first:
-        a, state = _normalised(_conv(a, unit), unit, None, "relu", spec.backend)
+        a, state = _normalised(_conv(a, unit, spec.backend), unit, None, "relu", spec.backend)
         states.append(state)
 
     def run(a: Tensor, unit: Unit, gram: bool, residual: Tensor | None, activation: str | None) -> tuple[Any, bool]:
@@ -213,7 +238,7 @@ def _forward(x: Tensor, spec: Spec) -> tuple[Tensor, list[State], Plan]:
         result = _gram_forward(_sampled(a, unit), unit, residual, activation, spec.backend) if gram else None
         if result is not None:
             return result, True
-        return _normalised(_conv(a, unit), unit, residual, activation, spec.backend), False
+        return _normalised(_conv(a, unit, spec.backend), unit, residual, activation, spec.backend), False
 
     plan = spec.plan
     shortcut, projected = x, []
@@ -236,24 +261,24 @@ def _backward(
 
     inputs = [x]  # what each unit of the main path reads
     for unit, i in zip(spec.units[:last], range(last), strict=True):
-        states[i] = _with_output(states[i], unit, inputs[-1])
+        states[i] = _with_output(states[i], unit, inputs[-1], spec.backend)
         inputs.append(_again(states[i], unit, None, "relu", spec.backend))
 
-    def through_conv(dy: Tensor, a: Tensor, i: int, needs_input: bool) -> tuple[Tensor | None, Tensor | None]:
-        stride, padding, dilation, groups = spec.units[i].geometry
-        mask = [needs_input, needs_weight[i], False]
-        weight = spec.units[i].weight
-        return torch.ops.aten.convolution_backward(
-            dy, a, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
-        )[:2]
+    def through_conv(
+        dy: Tensor, a: Tensor, i: int, needs_input: bool, onto: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(the gradient of a, added to `onto`, which may be written over; the weight's)."""
+        options = (*spec.units[i].geometry, needs_input, needs_weight[i])
+        backend = conv_backend(spec.backend)
+        return dispatch.call("conv_backward", dy, a, spec.units[i].weight, onto, *options, backend=backend)
 
-    def through_unit(da: Tensor, i: int, activation: str | None) -> Tensor | None:
+    def through_unit(da: Tensor, i: int, activation: str | None, onto: Tensor | None = None) -> Tensor | None:
         a = inputs[i] if i < main else x
-        state = _with_output(states[i], spec.units[i], a)
+        state = _with_output(states[i], spec.units[i], a, spec.backend)
         dy, dgamma, dbeta, _ = _bn_backward(
             as_layout(da, state.y), None, spec.units[i], state, activation, False, spec.backend
         )
-        previous, dweight = through_conv(dy, a, i, needs_x or 0 < i < main)
+        previous, dweight = through_conv(dy, a, i, needs_x or 0 < i < main, onto)
         grads[i] = [dweight, dgamma, dbeta]
         return previous
 
@@ -262,32 +287,32 @@ def _backward(
     da: Tensor | None
     if spec.plan.gram:
         g = dispatch.call("add_relu_backward", grad, out, backend=spec.backend)
-        da, *grads[last] = _gram_backward(g, _sampled(inputs[last], unit), unit, states[last])
+        da, *grads[last] = _gram_backward(g, _sampled(inputs[last], unit), unit, states[last], spec.backend)
         da = _spread(da, inputs[last], unit)
     else:
-        state = _with_output(states[last], unit, inputs[last])
+        state = _with_output(states[last], unit, inputs[last], spec.backend)
         dy, dgamma, dbeta, g = _bn_backward(grad, out, unit, state, "relu", True, spec.backend)
         da, dweight = through_conv(dy, inputs[last], last, True)
         grads[last] = [dweight, dgamma, dbeta]
     for i in reversed(range(last)):
-        da = through_unit(da, i, "relu")  # type: ignore[arg-type]
-
-    shortcut: Tensor | None = g
+        onto = g if i == 0 and not spec.projected else None  # the identity's gradient, of which nobody else knows
+        da = through_unit(da, i, "relu", onto)  # type: ignore[arg-type]
+    if last == 0 and not spec.projected and da is not None:
+        da += g
     if spec.projected:
         unit = spec.units[main]
         if spec.plan.gram_projection:
-            shortcut, *grads[main] = _gram_backward(g, _sampled(x, unit), unit, states[main])
-            shortcut = _spread(shortcut, x, unit)
+            shortcut, *grads[main] = _gram_backward(g, _sampled(x, unit), unit, states[main], spec.backend)
+            if da is not None:
+                da[:, :, :: unit.stride[0], :: unit.stride[1]] += shortcut
         else:
-            shortcut = through_unit(g, main, None)
-    if da is not None and shortcut is not None:
-        da += shortcut
+            da = through_unit(g, main, None, da)
     return da if needs_x else None, grads
 
 
-def _with_output(state: State, unit: Unit, a: Tensor) -> State:
+def _with_output(state: State, unit: Unit, a: Tensor, backend: str) -> State:
     """The state with the unit's raw output, computed again where it was not kept."""
-    return state if state.y is not None else state._replace(y=_conv(a, unit))
+    return state if state.y is not None else state._replace(y=_conv(a, unit, backend))
 
 
 def _bn_backward(
