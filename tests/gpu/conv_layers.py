@@ -72,9 +72,8 @@ def check_nan_and_infinity(backend: ModuleType, layer: str, dtype: torch.dtype) 
     assert torch.equal(ours.isnan(), theirs.isnan())
 
 
-def check_graph_replays(backend: ModuleType) -> None:
+def check_graph_replays(backend: ModuleType, layer: str = "3x3 stage 2") -> None:
     """They read the live buffers."""
-    layer = "3x3 stage 2"
     args = inputs(layer, torch.bfloat16)
     backend.conv_bn_act_forward(*args)  # what is compiled is compiled here
     torch.cuda.synchronize()

@@ -68,16 +68,18 @@ def test_nan_and_infinity_pass_and_stay_where_they_are(layer):
     conv_layers.check_nan_and_infinity(backend, layer, torch.float32)
 
 
-def test_graph_replays_read_the_live_buffers():
-    conv_layers.check_graph_replays(backend)
+@pytest.mark.parametrize("layer", ["3x3 stage 2", "3x3 one image"])
+def test_graph_replays_read_the_live_buffers(layer):
+    conv_layers.check_graph_replays(backend, layer)
 
 
 def test_runs_on_the_current_stream():
     conv_layers.check_stream(backend)
 
 
-def test_is_deterministic():
-    args = inputs("3x3 stage 4", torch.bfloat16)
+@pytest.mark.parametrize("layer", ["3x3 stage 4", "3x3 one image"])  # the latter's inner axis is split
+def test_is_deterministic(layer):
+    args = inputs(layer, torch.bfloat16)
     first = backend.conv_bn_act_forward(*args)
     assert all(torch.equal(first, backend.conv_bn_act_forward(*args)) for _ in range(5))
 

@@ -29,6 +29,9 @@ LAYERS = {
     "3x3 stage 2": (8, 128, 56, 128, 3, 2),
     "3x3 stage 4": (8, 512, 7, 512, 3, 1),
     "3x3 ragged": (2, 33, 17, 41, 3, 2),
+    "1x1 one image": (1, 2048, 7, 512, 1, 1),  # tiles are few: the inner axis is split
+    "3x3 one image": (1, 512, 7, 512, 3, 1),
+    "1x1 many tiles": (48, 64, 56, 64, 1, 1),  # what they leave is merged by groups first
 }
 
 
@@ -102,7 +105,7 @@ def test_every_primitive(layer: str, dtype: torch.dtype) -> None:
     check(layer, dtype)
 
 
-@pytest.mark.parametrize("layer", ["1x1 narrow", "1x1 widen", "3x3 stage 1", "3x3 stage 4"])
+@pytest.mark.parametrize("layer", ["1x1 narrow", "1x1 widen", "3x3 stage 1", "3x3 stage 4", "3x3 one image"])
 def test_every_candidate_config(layer: str) -> None:
     from fused_resnet.backends.triton import configs, prologue
 
@@ -116,18 +119,20 @@ def test_every_candidate_config(layer: str) -> None:
                 check(layer, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_blocks_train_as_torchs(kind: str) -> None:
+@pytest.mark.parametrize(("batch", "size"), [(8, 28), (1, 7)])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "grouped"])
+def test_blocks_train_as_torchs(kind: str, batch: int, size: int) -> None:
     """A step of a whole block, captured as a CUDA graph as well."""
     torch.manual_seed(0)
-    block: Any = fr.BasicBlock(64, 64) if kind == "basic" else fr.Bottleneck(256, 64)
+    width: dict[str, Any] = {"groups": 32, "base_width": 4} if kind == "grouped" else {}
+    block: Any = fr.BasicBlock(64, 64) if kind == "basic" else fr.Bottleneck(256, 64, **width)
     block = block.cuda().to(torch.bfloat16).to(memory_format=torch.channels_last)
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
             module.float()
     plain, truth = fr.restore(copy.deepcopy(block)), fr.restore(copy.deepcopy(block)).double()
-    x = torch.randn(8, 64 if kind == "basic" else 256, 28, 28, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(batch, 64 if kind == "basic" else 256, size, size, device="cuda", dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last)
     grad = torch.randn_like(x)
 

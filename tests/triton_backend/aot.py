@@ -98,8 +98,9 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-# Bytes of stack that a kernel may have. Triton 3.6 spills a word or a few in 3 of 1,500 kernels; 3.7 in none.
-STACK = 32 if version("triton").startswith("3.6.") else 0
+# Bytes of stack that a kernel may have. Triton 3.6 spills a few words in 4 of 1,600 kernels, 3.7 in 6 that share an
+# inner axis on sm_120: ptxas stays below 72 or 96 registers there, so that one more block fits.
+STACK = 48 if version("triton").startswith("3.6.") else 16
 
 
 def measure(compiled: Any, arch: str, sass: bool) -> dict[str, Any]:

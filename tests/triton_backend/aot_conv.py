@@ -62,9 +62,10 @@ def problem(layer: str, dtype: torch.dtype, precision: str, batch: int = BATCH) 
 
 
 def cases(full: bool) -> Iterator[Case]:
-    dots, vector = ("conv_kernel",), ("conv_kernel",)
+    dots, vector, merge = ("conv_kernel",), ("conv_kernel",), ("conv_merge_kernel",)
     for layer, dtype in QUICK:
         yield Case(f"{layer}-{dtype}", call(layer, dtype), dot=dots, vector=() if layer == "stem" else vector)
+    yield Case("3x3-wide-one-image", call("3x3-wide", torch.bfloat16, 1), dot=dots, vector=vector + merge)
     yield Case("3x3-ieee", ieee(call("3x3", torch.float32)), vector=vector)
     if not full:
         return
@@ -75,21 +76,22 @@ def cases(full: bool) -> Iterator[Case]:
         case = Case(f"{layer}-bias", call(layer, torch.float16, folded=True), dot=dots)
         case.vector = () if layer in ("stem", "3x3-ragged") else vector
         yield case
-    for layer in ("1x1-widen", "3x3", "stem", "groups-of-4"):
+    for layer in ("1x1-widen", "1x1-projection", "3x3", "3x3-stride", "stem", "groups-of-4"):
         yield Case(f"{layer}-one-image", call(layer, torch.float32, 1), dot=dots)
-    for layer, dtype, precision in (
-        ("1x1-projection", torch.bfloat16, "ieee"),
-        ("3x3-wide", torch.bfloat16, "ieee"),
-        ("3x3-stride", torch.float32, "tf32"),
-        ("3x3", torch.float32, "ieee"),
-        ("groups-of-4", torch.bfloat16, "ieee"),
+    for layer, dtype, precision, batch in (
+        ("1x1-projection", torch.bfloat16, "ieee", BATCH),
+        ("3x3-wide", torch.bfloat16, "ieee", BATCH),
+        ("3x3-wide", torch.bfloat16, "ieee", 1),
+        ("3x3-stride", torch.float32, "tf32", BATCH),
+        ("3x3", torch.float32, "ieee", BATCH),
+        ("groups-of-4", torch.bfloat16, "ieee", BATCH),
     ):
         prepare = ieee if dtype == torch.float32 and precision == "ieee" else lambda run: run
-        key = problem(layer, dtype, precision)
+        key = problem(layer, dtype, precision, batch)
         for index, config in enumerate(configs.candidates(conv.CONV, key, configs.target(torch.empty(0)))):
             yield Case(
-                f"{layer}-{dtype}-{precision}-{index}",
-                prepare(call(layer, dtype)),
+                f"{layer}-{dtype}-{precision}-{batch}-{index}",
+                prepare(call(layer, dtype, batch)),
                 {conv.CONV: config},
                 dot=() if key.exact else dots,
                 vector=vector,

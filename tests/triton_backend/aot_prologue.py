@@ -14,11 +14,13 @@ from fused_resnet.backends.triton import configs, conv, prologue
 
 BATCH = 64
 CONV, PRODUCTS = "prologue_conv_kernel", "prologue_products_kernel"
+MERGE, GATHER = "prologue_merge_kernel", "prologue_gather_kernel"
 # name: (C, H, K, kernel size, stride)
 LAYERS = {
     "1x1-narrow": (256, 56, 64, 1, 1),
     "1x1-widen": (64, 56, 256, 1, 1),
     "1x1-projection": (256, 56, 512, 1, 2),
+    "1x1-deep": (512, 7, 2048, 1, 1),
     "3x3": (64, 56, 64, 3, 1),
     "3x3-wide": (256, 14, 256, 3, 1),
     "3x3-stride": (128, 56, 128, 3, 2),
@@ -73,11 +75,19 @@ def call(what: str, layer: str, dtype: torch.dtype, batch: int = BATCH) -> Calla
     return run
 
 
-def _case(what: str, layer: str, dtype: torch.dtype, suffix: str = "", exact: bool = False, **options: Any) -> Case:
-    run = call(what, layer, dtype)
+def _case(
+    what: str,
+    layer: str,
+    dtype: torch.dtype,
+    suffix: str = "",
+    exact: bool = False,
+    batch: int = BATCH,
+    **options: Any,
+) -> Case:
+    run = call(what, layer, dtype, batch)
     name = f"{what} {layer} {dtype}".replace("torch.", "") + suffix
     dots = () if exact else (CONV, PRODUCTS)
-    return Case(name, ieee(run) if exact else run, dot=dots, only=(CONV, PRODUCTS), **options)
+    return Case(name, ieee(run) if exact else run, dot=dots, only=(CONV, PRODUCTS, MERGE, GATHER), **options)
 
 
 QUICK = (
@@ -92,7 +102,8 @@ QUICK = (
 
 def cases(full: bool) -> Iterator[Case]:
     for what, layer, dtype in QUICK:
-        yield _case(what, layer, dtype, vector=(CONV,) if what == "forward, first" else ())
+        yield _case(what, layer, dtype, vector=(CONV, GATHER) if what == "forward, first" else (GATHER,))
+    yield _case("forward", "3x3-wide", torch.bfloat16, " one image", batch=1, vector=(MERGE,))
     if not full:
         return
     for what, layer in (
@@ -118,17 +129,26 @@ def cases(full: bool) -> Iterator[Case]:
         yield _case(what, layer, torch.float32)
         yield _case(what, layer, torch.float32, " ieee", exact=True)
     yield _case("moments", "1x1-widen", torch.float32, exact=True)
+    for what, layer, dtype in (
+        ("forward", "3x3-wide", torch.float32),
+        ("grad_input", "3x3-wide", torch.bfloat16),
+        ("grad_input, first", "1x1-deep", torch.bfloat16),
+        ("end, projected", "1x1-deep", torch.bfloat16),
+        ("end_backward", "1x1-deep", torch.bfloat16),
+    ):
+        yield _case(what, layer, dtype, " one image", batch=1, vector=(MERGE,))
     yield Case("wide offsets", wide(call("grad_input", "3x3", torch.bfloat16)), dot=(CONV,), only=(CONV,))
-    for what, layer, kernel in (
-        ("forward", "3x3-wide", prologue.CONV),
-        ("grad_input", "1x1-narrow", prologue.CONV),
-        ("end_backward", "1x1-widen", prologue.CONV),
-        ("grad_weight", "1x1-narrow", prologue.PRODUCTS),
+    for what, layer, kernel, batch in (
+        ("forward", "3x3-wide", prologue.CONV, BATCH),
+        ("forward", "3x3-wide", prologue.CONV, 1),
+        ("grad_input", "1x1-narrow", prologue.CONV, BATCH),
+        ("end_backward", "1x1-widen", prologue.CONV, BATCH),
+        ("grad_weight", "1x1-narrow", prologue.PRODUCTS, BATCH),
     ):
         C, size, K, taps, _ = LAYERS[layer]
         gradient = what.startswith("grad")
         columns, inner = (C, K) if what in ("grad_input", "end_backward") or kernel == prologue.PRODUCTS else (K, C)
-        rows = conv.power_of_two(BATCH * size * size)
+        rows = conv.power_of_two(batch * size * size)
         key = prologue.Problem("bfloat16", "ieee", gradient, taps * taps, columns, inner, rows, False)
         for index, config in enumerate(configs.candidates(kernel, key, configs.target(torch.empty(0)))):
-            yield _case(what, layer, torch.bfloat16, f" {index}", configs={kernel: config})
+            yield _case(what, layer, torch.bfloat16, f" {batch} {index}", batch=batch, configs={kernel: config})

@@ -100,7 +100,7 @@ class Launch:
         self.starts: dict[str, list[int]] = {}  # of each access in turn, the first byte touched
 
     def touch(self, kind: str, pointers: np.ndarray, mask: np.ndarray) -> None:
-        pointers = pointers[np.broadcast_to(mask, pointers.shape)]
+        pointers = pointers[np.broadcast_to(mask.astype(bool), pointers.shape)]  # a scalar's may come as integers
         if not pointers.size:
             return
         low, high = int(pointers.min()), int(pointers.max())

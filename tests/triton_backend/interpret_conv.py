@@ -88,7 +88,7 @@ def check(name: str, given: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor
     exact = [t.detach().double() if isinstance(t, Tensor) else t for t in given]
     with track() as launches:
         ours = getattr(backend, name)(*given, *options)
-    assert len(launches) == 1
+    assert len(launches) == 1 + (launches[0].meta["SPLITS"] > 1)
     theirs = getattr(reference, name)(*given, *options)
     assert_close(name, ours, theirs, getattr(reference, name)(*exact, *options))
     assert ours.is_contiguous() == theirs.is_contiguous()
@@ -180,13 +180,52 @@ def test_every_tile(shape):
             check("conv_bias_act_forward", (i.x, i.weight, None, i.residual), (*shape.conv, "relu"))
 
 
+TILE = {"BM": 64, "BN": 32, "BK": 32, "GROUP_M": 2, "LOOPS": 1, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.mark.parametrize(("splits", "loops"), [(2, 1), (16, 3)])
+@pytest.mark.parametrize("shape", [*FEW, "1x1-ragged", "groups-of-6"])
+def test_split_inner_axis(shape, splits, loops):
+    """Both epilogues after the sums of the programs that share a tile; more programs than steps, too."""
+    i, options = inputs(SHAPES[shape], torch.bfloat16), SHAPES[shape].conv
+    with configs.override(conv.CONV, TILE | {"SPLITS": splits, "LOOPS": loops}):
+        check("conv_bias_act_forward", (i.x, i.weight, None, i.residual), (*options, "relu"))
+        bias = like(i.bias.to(i.x.dtype))
+        given = (i.x, i.weight, bias, i.gamma, i.beta, i.mean, i.var, None)
+        check("conv_bn_act_forward", given, (*options, EPS, None))
+
+
+def test_only_small_problems_are_split():
+    """By themselves; tuning then tries tiles unsplit as well, and larger problems are never split."""
+    target = configs.TARGETS["sm_90"]
+
+    def splits(channels: int, columns: int, size: int, batch: int, taps: int) -> tuple[int, set[int]]:
+        rows = conv.power_of_two(batch * size * size)
+        key = conv.Problem("bfloat16", "ieee", taps, 1, channels, columns, 1, rows)
+        found = configs.candidates(conv.CONV, key, target)
+        for config in found:
+            tiles = triton.cdiv(rows, config["BM"]) * triton.cdiv(columns, config["BN"])
+            assert config["SPLITS"] == 1 or config["SPLITS"] * tiles <= target.multiprocessors
+        return found[0]["SPLITS"], {config["SPLITS"] for config in found}
+
+    for layer in ((512, 512, 7, 1, 9), (2048, 512, 7, 1, 1), (256, 256, 14, 1, 9)):
+        default, tried = splits(*layer)
+        assert default > 1
+        assert 1 in tried
+    for layer in ((64, 64, 56, 8, 9), (512, 512, 7, 256, 9), (64, 256, 56, 8, 1), (3, 64, 224, 1, 49)):
+        assert splits(*layer) == (1, {1})
+
+
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
     "shape",
     [SHAPES["3x3"], SHAPES["stem"], SHAPES["groups-of-6"], Shape(1, 16, 6, 6, 16, (3, 3), padding=(1, 1), groups=4)],
     ids=["3x3", "stem", "groups-of-6", "groups-of-4"],
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
-def test_nan_and_infinity_pass_and_stay_in_their_window_and_group(shape):
+def test_nan_and_infinity_pass_and_stay_in_their_window_and_group(shape, splits, monkeypatch):
+    monkeypatch.setattr(conv, "splits_of", lambda *args: splits)
+    configs.assume("tiny")  # forget what was picked
     i = inputs(shape, torch.float32)
     i.x[0, 0, 2, 3], i.x[0, shape.C - 1, 4, 4], i.residual[0, 7, 0, 0] = torch.nan, torch.inf, torch.nan
     args = (i.x, i.weight, None, i.residual, *shape.conv)

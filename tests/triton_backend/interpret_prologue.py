@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fused_resnet as fr
 from fused_resnet.backends import reference, selfcheck
 from fused_resnet.backends import triton as backend
-from fused_resnet.backends.triton import configs, prologue
+from fused_resnet.backends.triton import bn_act, configs, prologue, runtime
 from fused_resnet.ops.residual_block import Plan
 
 EPS = 1e-3
@@ -196,14 +196,102 @@ def test_64_bit_offsets(monkeypatch):
     check("prologue_conv_grad_weight", g, y, bn_of(y, 4), None, x, None, (3, 3), *conv, scale={0: 60.0})
 
 
+TILE = {"BM": 64, "BN": 32, "BK": 32, "GROUP_M": 2, "LOOPS": 1, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.mark.parametrize(("splits", "loops"), [(2, 1), (16, 3)])
+@pytest.mark.parametrize("shape", ["1x1-ragged", "1x1-stride", "3x3", "3x3-stride"])
+def test_split_inner_axis(shape, splits, loops, monkeypatch):
+    """Every epilogue after the sums of the programs that share a tile; more programs than steps, too."""
+    kernels = []
+    monkeypatch.setattr(
+        prologue, "launch", lambda kernel, *args, **meta: kernels.append(kernel) or launch(kernel, *args, **meta)
+    )
+    launch = runtime.launch
+    x, conv, weight = images(SHAPES[shape][0], torch.bfloat16, 0), SHAPES[shape][3:], weight_of(shape, torch.bfloat16)
+    y, g = output(shape, x.dtype, 1), output(shape, x.dtype, 2)
+    sums = dict.fromkeys((1, 2), rounded(x.dtype, x[:, 0].numel()))
+    add = images(tuple(x[:, :, :: conv[0][0], :: conv[0][1]].shape), x.dtype, 3)
+    with configs.override(prologue.CONV, TILE | {"SPLITS": splits, "LOOPS": loops}):
+        given = (x, bn_of(x, 1), weight, *conv, True, None, None, 0.0)
+        check("prologue_conv_forward", *given, scale=dict.fromkeys((1, 2), rounded(x.dtype)))
+        for x_bn, more in ((bn_of(x, 4), None), (None, add)):
+            given = (g, y, bn_of(y, 10), sums_of(y, 20), weight, x, x_bn, more, *conv)
+            check("prologue_conv_grad_input", *given, scale=sums)
+        if shape in POINTWISE:
+            shift, columns = guarded((weight.shape[0],), torch.float32, seed=5), weight.shape[0]
+            x2 = images((x.shape[0], 75, 2 * g.shape[2] - 1, 2 * g.shape[3]), x.dtype, 6)
+            weight2 = guarded((columns, 75, 1, 1), x.dtype, seed=7, std=0.1)
+            for beside in ((x2, weight2, shift, None), (None, None, shift, y)):
+                given = (x, None, weight, *beside, conv[0], (2, 2), "relu")
+                check("prologue_end_forward", *given, scale={0: rounded(x.dtype)})
+            square = guarded((x.shape[1],) * 2, x.dtype, seed=9, std=0.1)
+            scaled = guarded((columns, x.shape[1]), x.dtype, seed=11, std=0.2)
+            bn = bn_of(x, 4) if conv[0] == (1, 1) else None
+            inward = guarded((x.shape[1],), torch.float32, seed=10)
+            many = dict.fromkeys((1, 2), rounded(x.dtype, g[:, 0].numel(), 10.0))
+            check("prologue_end_backward", g, scaled, x, bn, square, inward, conv[0], scale=many)
+    assert kernels == [prologue.prologue_conv_kernel, prologue.prologue_merge_kernel] * (len(kernels) // 2)
+
+
+def test_only_small_problems_are_split():
+    """By themselves; tuning then tries tiles unsplit as well, and larger problems are never split."""
+    target = configs.TARGETS["sm_90"]
+
+    def splits(channels: int, columns: int, size: int, batch: int, taps: int) -> tuple[int, set[int]]:
+        rows = prologue.power_of_two(batch * size * size)
+        key = prologue.Problem("bfloat16", "ieee", False, taps, columns, channels, rows, False)
+        found = [config["SPLITS"] for config in configs.candidates(prologue.CONV, key, target)]
+        for config in configs.candidates(prologue.CONV, key, target):
+            tiles = -(-rows // config["BM"]) * -(-columns // config["BN"])
+            assert config["SPLITS"] == 1 or config["SPLITS"] * tiles <= target.multiprocessors
+        return found[0], set(found)
+
+    for layer in ((512, 512, 7, 1, 9), (2048, 512, 7, 1, 1), (256, 256, 14, 1, 9)):
+        default, tried = splits(*layer)
+        assert default > 1
+        assert 1 in tried
+    for layer in ((64, 64, 56, 8, 9), (512, 512, 7, 256, 9), (64, 256, 56, 8, 1), (64, 64, 7, 1, 1)):
+        assert splits(*layer) == (1, {1})
+
+
 def test_tiles_of_every_shape():
     """A tile larger and one smaller than the matrix, and several loops over the taps."""
     x, weight, conv = images(SHAPES["3x3"][0], torch.bfloat16, 0), weight_of("3x3", torch.bfloat16), SHAPES["3x3"][3:]
     for BM, BN, BK, loops in ((256, 64, 16, 9), (32, 16, 32, 1), (64, 128, 64, 3)):
-        config = {"BM": BM, "BN": BN, "BK": BK, "GROUP_M": 2, "LOOPS": loops, "num_warps": 4, "num_stages": 2}
+        config = TILE | {"BM": BM, "BN": BN, "BK": BK, "LOOPS": loops}
         with configs.override(prologue.CONV, config):
             given = (x, bn_of(x, 1), weight, *conv, True, None, None, 0.0)
             check("prologue_conv_forward", *given, scale=dict.fromkeys((1, 2), rounded(x.dtype)))
+
+
+@pytest.mark.parametrize("parts", [prologue.MANY - 1, prologue.MANY, 21 * prologue.GATHER["BLOCK_P"] + 5])
+def test_many_partials_are_merged_by_groups_first(parts):
+    """Some of them empty; each is read once, and what finishes them reads few."""
+    columns = prologue.GATHER["BLOCK_C"] + 3
+    counts = (torch.arange(parts) % 6).double()[:, None].expand(-1, columns)
+    means, m2 = (guarded((parts, columns), torch.float32, seed=seed).double() for seed in (0, 1))
+    means, m2 = (means + 10) * (counts > 0), m2.square() * (counts > 0)
+    mean = (counts * means).sum(0) / counts.sum(0)
+    var = (m2 + counts * (means - mean).square()).sum(0) / counts.sum(0)
+    partials = like(torch.stack([counts, means, m2]).float())
+    few = parts if parts < prologue.MANY else -(-parts // prologue.GATHER["BLOCK_P"])
+    with track() as launches:
+        fewer = prologue._gathered(partials, True)
+        found = bn_act.merged_statistics(fewer, None, None, 0.1, parts)
+    assert [launch.loads["partials"].issued for launch in launches] == [t.nbytes for t in (partials, fewer)][
+        -len(launches) :
+    ]
+    assert fewer.shape == (3, few, columns)
+    for ours, exact in zip(found, (mean, var), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
+    for numbers in (2, 3):
+        sums = guarded((numbers, parts, columns), torch.float32, seed=2)
+        with track():
+            found = prologue._gathered(sums, False)
+        assert found.shape == (numbers, few, columns)
+        torch.testing.assert_close(found.double().sum(1), sums.double().sum(1), rtol=1e-5, atol=1e-4)
+        assert_guards(sums)
 
 
 def test_shares_are_added_in_a_fixed_order():

@@ -2,7 +2,8 @@
 
 Rows of the product are output pixels, its columns output channels, and its inner axis runs over (tap, input channel),
 the order in which a channels_last weight lies in memory. The epilogue works on the fp32 accumulator and rounds once.
-NCHW tensors are converted on the way in and out.
+Where tiles are few, several programs share the inner axis of each (split-K): their fp32 sums are added in a fixed order
+by a second kernel, which has the epilogue. NCHW tensors are converted on the way in and out.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -34,6 +35,7 @@ def conv_kernel(
     mean,
     var,
     residual,
+    shares,  # (SPLITS, M, K) sums in fp32, the epilogue being left to `conv_merge_kernel`; unused where SPLITS is 1
     eps,
     M,  # N * P * Q
     H,
@@ -57,6 +59,7 @@ def conv_kernel(
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
     LOOPS: tl.constexpr,  # 1: one loop over all taps; more: the taps shared out among so many loops
+    SPLITS: tl.constexpr,  # programs that share a tile's inner axis
 ):
     """out = act(bn(conv(x) + bias) + residual), bn only where `mean` is given, one [BM, BN] tile per program."""
     CG: tl.constexpr = C // GROUPS
@@ -82,7 +85,7 @@ def conv_kernel(
 
     acc = _product(
         x_row, w_column, h, w, in_m, n < K, group_n, None, rest, H, W,
-        C, CG, TAPS, FILLED, DILATION, SPANNED, POINTWISE, PRECISION, BM, BN, BK, LOOPS,
+        C, CG, TAPS, FILLED, DILATION, SPANNED, POINTWISE, PRECISION, BM, BN, BK, LOOPS, SPLITS,
     )  # fmt: skip
     if SPANNED > 1 or FILLED[0] > 0:  # noqa: SIM102
         # A NaN or Inf times a zero that only fills up the weight is NaN: then again with care, group by group.
@@ -90,10 +93,57 @@ def conv_kernel(
             for only in range(SPANNED):
                 part = _product(
                     x_row, w_column, h, w, in_m, n < K, group_n, only, rest, H, W,
-                    C, CG, TAPS, FILLED, DILATION, SPANNED, POINTWISE, PRECISION, BM, BN, BK, LOOPS,
+                    C, CG, TAPS, FILLED, DILATION, SPANNED, POINTWISE, PRECISION, BM, BN, BK, LOOPS, SPLITS,
                 )  # fmt: skip
                 acc = part if SPANNED == 1 else tl.where((group_n == only)[None, :], part, acc)
-    _finish(acc, out, bias, gamma, beta, mean, var, residual, eps, m * K, tile_n * BN, in_m, K, RELU, BN)
+    if SPLITS > 1:
+        keep_share(acc, shares, m, n, M, K)
+    else:
+        _finish(acc, out, bias, gamma, beta, mean, var, residual, eps, m * K, tile_n * BN, in_m, K, RELU, BN)
+
+
+@triton.jit
+def conv_merge_kernel(
+    shares,
+    out,
+    bias,
+    gamma,
+    beta,
+    mean,
+    var,
+    residual,
+    eps,
+    M,
+    K: tl.constexpr,
+    RELU: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """What `conv_kernel` leaves to do where SPLITS programs shared each tile."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN
+    acc = merged_shares(shares, m, n + tl.arange(0, BN), M, K, SPLITS, BM, BN)
+    row = m.to(tl.int64) * K
+    _finish(acc, out, bias, gamma, beta, mean, var, residual, eps, row, n, m < M, K, RELU, BN)
+
+
+@triton.jit
+def keep_share(acc, shares, m, n, M, K: tl.constexpr):
+    """Store this program's sums in (splits, M, K) shares, its split being that of the grid's second axis."""
+    row = m.to(tl.int64) + tl.program_id(1).to(tl.int64) * M
+    tl.store(shares + (row[:, None] * K + n[None, :]), acc, mask=(m < M)[:, None] & (n < K)[None, :])
+
+
+@triton.jit
+def merged_shares(shares, m, n, M, K: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM, BN] sums over the splits, in their order."""
+    row, mask = m.to(tl.int64), (m < M)[:, None] & (n < K)[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for _ in tl.static_range(SPLITS):
+        acc += load(shares + (row[:, None] * K + n[None, :]), mask)
+        row += M
+    return acc
 
 
 @triton.jit
@@ -121,8 +171,10 @@ def _product(
     BN: tl.constexpr,
     BK: tl.constexpr,
     LOOPS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """The tile of conv(x) in fp32: the sum over taps, and over the channels of all groups that the tile spans.
+    """The tile of conv(x) in fp32: the sum over taps, and over the channels of all groups that the tile spans; of these
+    steps the part that falls to this program.
 
     A weight counts as 0 for the channels of other groups than its column's: b is block diagonal.
     """
@@ -131,10 +183,15 @@ def _product(
     PACKED: tl.constexpr = SPAN % BK != 0  # a step may cross from one tap to the next
     STEPS: tl.constexpr = (COUNT * SPAN + BK - 1) // BK
     RUN: tl.constexpr = STEPS // LOOPS if STEPS % LOOPS == 0 else STEPS
+    UNIT: tl.constexpr = RUN if RUN < STEPS else 1
+    EACH: tl.constexpr = (STEPS + UNIT * SPLITS - 1) // (UNIT * SPLITS) * UNIT
+    LENGTH: tl.constexpr = RUN if RUN < STEPS else EACH
+    begin = tl.program_id(1) * EACH if SPLITS > 1 else 0
     lane = tl.arange(0, BK)
     acc = tl.full((BM, BN), 0.0, tl.float32)
-    for first in tl.static_range(0, STEPS, RUN):
-        for step in range(first, first + RUN):
+    for first in tl.static_range(0, EACH, LENGTH):
+        for turn in range(first, first + LENGTH):
+            step = begin + turn
             if PACKED:
                 k = step * BK + lane
                 a_tap, a_c = (k // SPAN)[None, :], (k % SPAN)[None, :]  # [1, BK]
@@ -146,6 +203,8 @@ def _product(
             r = a_tap // TAPS[1] * DILATION[0]
             s = a_tap % TAPS[1] * DILATION[1]
             in_a, in_b = in_m[:, None], in_n[None, :]
+            if SPLITS > 1 and not PACKED:
+                in_a, in_b = in_a & (step < STEPS), in_b & (step < STEPS)
             if not POINTWISE:
                 row, column = h[:, None] + r, w[:, None] + s
                 in_a = in_a & (row.to(tl.uint32) < H) & (column.to(tl.uint32) < W)  # negative: huge
@@ -266,6 +325,24 @@ def power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
+MOST_SPLITS, LEAST_STEPS = 16, 4
+MERGE = {"BM": 32, "BN": SLICE.value, "num_warps": 4}
+
+
+def splits_of(target: configs.Target, tiles: int, steps: int, loops: int) -> int:
+    """Programs to share a tile's `steps`, in whole `loops`, where the tiles alone keep at most half of the machine
+    busy; else 1."""
+    splits = max(min(target.multiprocessors // tiles, steps // LEAST_STEPS, MOST_SPLITS), 1)
+    units = loops if loops > 1 else max(steps, 1)
+    return triton.cdiv(units, triton.cdiv(units, splits))
+
+
+def split_candidates(config: configs.Config, splits: int) -> Iterator[configs.Config]:
+    """The config unsplit; where `splits`, from `splits_of`, says that it may pay, so many times and half so many."""
+    for count in sorted({1, max(splits // 2, 1), splits}):
+        yield config | {"SPLITS": count}
+
+
 def _config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: int, stages: int = 3) -> configs.Config:
     """BK is 128 bytes of channels if they divide into that, else 32 lanes if they divide into that or are ragged."""
     full = 16 if problem.exact else 32 if problem.dtype == "float32" else 64
@@ -274,7 +351,14 @@ def _config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: i
     loops = problem.taps if warps == 8 else 1
     if target.arch.startswith("gfx"):
         stages = 2
-    return {"BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "LOOPS": loops, "num_warps": warps, "num_stages": stages}
+    tile = {"BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "LOOPS": loops, "SPLITS": 1}
+    return tile | {"num_warps": warps, "num_stages": stages}
+
+
+def _splits(target: configs.Target, problem: Problem, config: configs.Config) -> int:
+    BM, BN, BK = (config[name] for name in ("BM", "BN", "BK"))
+    steps = problem.taps * problem.spanned(BN) * problem.channels // problem.groups // BK
+    return splits_of(target, _tiles(problem, BM, BN), steps, config["LOOPS"])
 
 
 def _default(target: configs.Target, key: configs.Key) -> configs.Config:
@@ -290,7 +374,8 @@ def _default(target: configs.Target, key: configs.Key) -> configs.Config:
     while BM * BN > 64 * 32 and _tiles(problem, BM, BN) < target.multiprocessors:
         BM, BN = (BM, BN // 2) if BN >= BM and BN > 32 else (BM // 2, BN)
     warps = 8 if problem.taps == 1 and BM * BN >= 128 * 128 else 2 if problem.exact and BM * BN <= 64 * 32 else 4
-    return _config(target, problem, BM, BN, warps)
+    config = _config(target, problem, BM, BN, warps)
+    return config | {"SPLITS": _splits(target, problem, config)}
 
 
 def _candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Config]:
@@ -305,7 +390,9 @@ def _candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Co
         tiles = tuple(tile for tile in tiles if tile[0] * tile[1] // tile[2] < 4096)
     for BM, BN, warps in tiles:
         if power_of_two(problem.columns) >= BN:
-            yield _config(target, problem, BM, BN, warps)
+            config = _config(target, problem, BM, BN, warps)
+            small = BM * BN <= 64 * 128  # what is left of a larger one would not fit in registers
+            yield from split_candidates(config, _splits(target, problem, config) if small else 1)
             if BM * BN <= 128 * 128 and not problem.exact:
                 yield _config(target, problem, BM, BN, warps, 4)
     if problem.taps > 1 and problem.channels >= 256 and problem.groups == 1 and target.arch in ("sm_90", "sm_100"):
@@ -371,19 +458,23 @@ def _conv(
         dtype = str(x.dtype).removeprefix("torch.")
         problem = Problem(dtype, precision, R * S, stride[0], C, K, groups, power_of_two(rows))
         config = configs.pick(CONV, problem, x)
+        splits = config["SPLITS"]
+        shares = x.new_empty((splits, rows, K), dtype=torch.float32) if splits > 1 else None
         filled = (0, S)
         if C <= FEW_CHANNELS and S > 1 and dilation[1] == 1 and groups == 1 and x.numel() < INDEX_LIMIT:
             weight, filled = _as_one_channel(weight, padding[1] * C % 2)
             W, C = W * C, 1
             stride, padding = (stride[0], stride[1] * x.shape[1]), (padding[0], padding[1] * x.shape[1] + filled[0])
+        vectors = [None if v is None else v.contiguous() for v in (bias, *bn)]
         launch(
             conv_kernel,
-            (triton.cdiv(rows, config["BM"]) * triton.cdiv(K, config["BN"]),),
+            (triton.cdiv(rows, config["BM"]) * triton.cdiv(K, config["BN"]), splits),
             x,
             weight,
             out,
-            *(None if v is None else v.contiguous() for v in (bias, *bn)),
+            *vectors,
             residual,
+            shares,
             eps,
             rows,
             H,
@@ -404,6 +495,21 @@ def _conv(
             WIDE=max(x.numel(), out.numel()) >= WIDE_FROM,
             **config,
         )
+        if shares is not None:
+            launch(
+                conv_merge_kernel,
+                (triton.cdiv(rows, MERGE["BM"]), triton.cdiv(K, MERGE["BN"])),
+                shares,
+                out,
+                *vectors,
+                residual,
+                eps,
+                rows,
+                K=K,
+                RELU=activation == "relu",
+                SPLITS=splits,
+                **MERGE,
+            )
     return out if channels_last else out.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,9 +1,12 @@
 """Convolutions that read raw conv outputs through BN and ReLU, or form a raw output's gradient, while they load.
 
-Two kernels, both on NHWC tensors. `prologue_conv_kernel` is an implicit GEMM whose rows are output pixels: the forward
-convolution, the gradient of its input (TRANSPOSED), and the products of the Gram form, with up to two pairs of
-operands. `prologue_products_kernel` sums over pixels: weight gradients, Q and second moments, rows split over programs
-whose shares are added in a fixed order. What an operand goes through on the way in is `read`; padding is applied after.
+All on NHWC tensors. `prologue_conv_kernel` is an implicit GEMM whose rows are output pixels: the forward convolution,
+the gradient of its input (TRANSPOSED), and the products of the Gram form, with up to two pairs of operands. Where its
+tiles are few, several programs share the inner axis of each (split-K): `prologue_merge_kernel` then adds their sums
+in a fixed order and has the epilogue. What it leaves per tile is merged by `prologue_gather_kernel` first where it is
+much. `prologue_products_kernel` sums over pixels: weight gradients, Q and second
+moments, rows split over programs whose shares are added in a fixed order. What an operand goes through on the way in is
+`read`; padding is applied after.
 
 Formulas and signatures stand in `fused_resnet.backends.reference`.
 """
@@ -21,9 +24,19 @@ from torch import Tensor
 
 from fused_resnet.backends.reference import Norm, Sums
 from fused_resnet.backends.triton import bn_act, configs, conv
-from fused_resnet.backends.triton.bn_act import channels, gradient, slopes
+from fused_resnet.backends.triton.bn_act import channels, gradient, merge_rows, slopes
 from fused_resnet.backends.triton.common import load, relu, relu_grad
-from fused_resnet.backends.triton.conv import INDEX_LIMIT, SLICE, power_of_two, tile_of
+from fused_resnet.backends.triton.conv import (
+    INDEX_LIMIT,
+    MERGE,
+    SLICE,
+    keep_share,
+    merged_shares,
+    power_of_two,
+    split_candidates,
+    splits_of,
+    tile_of,
+)
 from fused_resnet.backends.triton.runtime import ceil_div, launch
 
 
@@ -74,6 +87,7 @@ def prologue_conv_kernel(
     residual,
     out,  # (N, P, Q, K)
     partials,
+    shares,  # (SPLITS, M, K) sums in fp32, the epilogue being left to `prologue_merge_kernel`; unused where SPLITS is 1
     M,  # N * P * Q
     H,
     W,
@@ -103,6 +117,7 @@ def prologue_conv_kernel(
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
     LOOPS: tl.constexpr,
+    SPLITS: tl.constexpr,  # programs that share a tile's inner axis
 ):
     """out = act(conv(read(x)) + read(x2) weight2 + shift + residual); with "sums" it is masked by relu(bn2(x2))."""
     COUNT: tl.constexpr = TAPS[0] * TAPS[1]
@@ -122,10 +137,17 @@ def prologue_conv_kernel(
     PER_TAP: tl.constexpr = (C + BK - 1) // BK
     STEPS: tl.constexpr = COUNT * PER_TAP
     RUN: tl.constexpr = STEPS // LOOPS if STEPS % LOOPS == 0 else STEPS
-    for first in tl.static_range(0, STEPS, RUN):
-        for step in range(first, first + RUN):
+    UNIT: tl.constexpr = RUN if RUN < STEPS else 1
+    EACH: tl.constexpr = (STEPS + UNIT * SPLITS - 1) // (UNIT * SPLITS) * UNIT
+    LENGTH: tl.constexpr = RUN if RUN < STEPS else EACH
+    begin = tl.program_id(1) * EACH if SPLITS > 1 else 0
+    for first in tl.static_range(0, EACH, LENGTH):
+        for turn in range(first, first + LENGTH):
+            step = begin + turn
             tap, c = step // PER_TAP, step % PER_TAP * BK + lane
             in_c = c < C
+            if SPLITS > 1:
+                in_c = in_c & (step < STEPS)
             if DENSE:
                 row, in_row = m, in_m
             elif TRANSPOSED:
@@ -151,8 +173,10 @@ def prologue_conv_kernel(
         row = m
         if STRIDE2[0] * STRIDE2[1] > 1:
             row = (image * H2 + p * STRIDE2[0]) * W2 + q * STRIDE2[1]
-        for step in range((C2 + BK - 1) // BK):
-            c = step * BK + lane
+        EACH2: tl.constexpr = ((C2 + BK - 1) // BK + SPLITS - 1) // SPLITS
+        begin = tl.program_id(1) * EACH2 if SPLITS > 1 else 0
+        for turn in range(EACH2):
+            c = (begin + turn) * BK + lane
             in_c = c < C2
             a = read(
                 x2, None, row[:, None] * C2 + c[None, :], in_m[:, None] & in_c[None, :], c, in_c,
@@ -162,6 +186,83 @@ def prologue_conv_kernel(
             b = tl.load(weight2 + at, mask=(n < K)[None, :] & in_c[:, None], other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
+    if SPLITS > 1:
+        keep_share(acc, shares, m, n, M, K)
+    else:
+        _end(
+            acc, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, tile_m, tile_n, M, P, Q, K,
+            ADD_STRIDE, RELU, PARTIALS, WIDE, BM, BN,
+        )  # fmt: skip
+
+
+@triton.jit
+def prologue_merge_kernel(
+    shares,
+    x2,
+    mean2,
+    var2,
+    gamma2,
+    beta2,
+    eps2,
+    shift,
+    residual,
+    out,
+    partials,
+    M,
+    P,
+    Q,
+    K: tl.constexpr,
+    ADD_STRIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """What `prologue_conv_kernel` leaves to do where SPLITS programs shared each tile."""
+    tile_m, tile_n = tl.program_id(0), tl.program_id(1)
+    m, n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
+    acc = merged_shares(shares, m, n, M, K, SPLITS, BM, BN)
+    _end(
+        acc, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, tile_m, tile_n, M, P, Q, K,
+        ADD_STRIDE, RELU, PARTIALS, WIDE, BM, BN,
+    )  # fmt: skip
+
+
+@triton.jit
+def _end(
+    acc,  # [BM, BN]
+    out,
+    shift,
+    residual,
+    x2,
+    mean2,
+    var2,
+    gamma2,
+    beta2,
+    eps2,
+    partials,
+    tile_m,
+    tile_n,
+    M,
+    P,
+    Q,
+    K: tl.constexpr,
+    ADD_STRIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The epilogue of a tile."""
+    m = tile_m * BM + tl.arange(0, BM)
+    in_m = m < M
+    image, p, q = m // (P * Q), m // Q % P, m % Q
+    if WIDE:
+        m = m.to(tl.int64)
+        image = image.to(tl.int64)
     added, in_added = m, in_m
     if ADD_STRIDE[0] * ADD_STRIDE[1] > 1:
         in_added = in_m & (p % ADD_STRIDE[0] == 0) & (q % ADD_STRIDE[1] == 0)
@@ -170,7 +271,7 @@ def prologue_conv_kernel(
     rows = tl.minimum(M - tile_m * BM, BM).to(tl.float32)
     _finish(
         acc, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, m * K, added * K, in_m, in_added,
-        tile_n * BN, tile_m, tiles_m, rows, K, RELU, PARTIALS, BN,
+        tile_n * BN, tile_m, tl.cdiv(M, BM), rows, K, RELU, PARTIALS, BN,
     )  # fmt: skip
 
 
@@ -242,6 +343,28 @@ def _finish(
                 tl.store(here, total * 0.0 + rows, mask=in_n)
                 tl.store(here + plane, average, mask=in_n)
                 tl.store(here + 2 * plane, tl.sum(deviation * deviation, 0), mask=in_n)
+
+
+@triton.jit
+def prologue_gather_kernel(
+    partials, fewer, P, C, NUMBERS: tl.constexpr, MOMENTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """BLOCK_P of the (NUMBERS, P, C) partials as one of `fewer`: (count, mean, M2) with MOMENTS, else sums."""
+    part = tl.program_id(0)
+    parts, cols = part * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cols < C
+    valid = (parts < P)[:, None] & inside[None, :]
+    here, to = partials + (parts[:, None] * C + cols[None, :]), fewer + (part * C + cols)
+    plane, fewer_plane = P * C, tl.num_programs(0) * C
+    if MOMENTS:
+        total, mean, m2 = merge_rows(load(here, valid), load(here + plane, valid), load(here + 2 * plane, valid))
+        tl.store(to, total, mask=inside)
+        tl.store(to + fewer_plane, mean, mask=inside)
+        tl.store(to + 2 * fewer_plane, m2, mask=inside)
+    else:
+        for number in tl.static_range(NUMBERS):
+            total = tl.sum(load(here + number * plane, valid), 0)
+            tl.store(to + number * fewer_plane, total, mask=inside)
 
 
 @triton.jit
@@ -397,7 +520,12 @@ def _config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: i
 
 def _conv_config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: int) -> configs.Config:
     loops = problem.taps if warps == 8 else 1
-    return _config(target, problem, BM, BN, warps) | {"GROUP_M": 8, "LOOPS": loops}
+    return _config(target, problem, BM, BN, warps) | {"GROUP_M": 8, "LOOPS": loops, "SPLITS": 1}
+
+
+def _splits(target: configs.Target, problem: Problem, config: configs.Config) -> int:
+    tiles = ceil_div(problem.rows, config["BM"]) * ceil_div(problem.columns, config["BN"])
+    return splits_of(target, tiles, problem.taps * ceil_div(problem.inner, config["BK"]), config["LOOPS"])
 
 
 def _heavy(problem: Problem) -> bool:
@@ -415,9 +543,13 @@ def _conv_default(target: configs.Target, key: configs.Key) -> configs.Config:
     small = problem.exact or _is_small(target) or (target.arch == "sm_100" and problem.dtype == "float32")
     BM = 64 if small or (warps == 4 and _heavy(problem)) else 128
     BN = _narrow(problem.columns)
-    while BM > 32 and ceil_div(problem.rows, BM) * ceil_div(problem.columns, BN) < target.multiprocessors:
+    least = 32 if problem.exact else 64  # wgmma's
+    if target.arch == "sm_100" and _heavy(problem):
+        least = BM
+    while least < BM and ceil_div(problem.rows, BM) * ceil_div(problem.columns, BN) < target.multiprocessors:
         BM //= 2
-    return _conv_config(target, problem, BM, BN, warps)
+    config = _conv_config(target, problem, BM, BN, warps)
+    return config | {"SPLITS": _splits(target, problem, config)}
 
 
 def _conv_candidates(target: configs.Target, key: configs.Key) -> Iterator[configs.Config]:
@@ -425,13 +557,16 @@ def _conv_candidates(target: configs.Target, key: configs.Key) -> Iterator[confi
     tiles: tuple[tuple[int, int, int], ...] = EXACT_TILES if problem.exact else CONV_TILES
     if target.arch == "sm_100" and not problem.exact:
         tiles = BLACKWELL_TILES[problem.dtype == "float32" :]
+        if _heavy(problem) and problem.dtype != "float32":
+            tiles = tiles[:1]
     elif _is_small(target) or (_heavy(problem) and (problem.wide or target.arch != "sm_90")):
         tiles = tuple(tile for tile in tiles if tile[0] * tile[1] // tile[2] <= 1024)
     elif problem.taps == 1 and not problem.exact and target.arch == "sm_90":
         tiles = (*tiles, *POINTWISE_TILES)
     for BM, BN, warps in tiles:
         if max(32, power_of_two(problem.columns)) >= BN:
-            yield _conv_config(target, problem, BM, BN, warps)
+            config = _conv_config(target, problem, BM, BN, warps)
+            yield from split_candidates(config, _splits(target, problem, config))
 
 
 def _products_default(target: configs.Target, key: configs.Key) -> configs.Config:
@@ -516,13 +651,18 @@ def _conv(
     count = taps[0] * taps[1]
     problem = Problem(_dtype(x), exactness, gradient is not None, count, K, x.shape[1], power_of_two(rows), wide)
     config = configs.pick(CONV, problem, x)
-    tiles = ceil_div(rows, config["BM"])
-    space = bn_act.workspace(out, 3 if partials == "moments" else 2, tiles) if partials else None
+    tiles, splits = ceil_div(rows, config["BM"]), config["SPLITS"]
+    parts = tiles if splits == 1 else ceil_div(rows, MERGE["BM"])
+    space = bn_act.workspace(out, 3 if partials == "moments" else 2, parts) if partials else None
+    shares = x.new_empty((splits, rows, K), dtype=torch.float32) if splits > 1 else None
     y, sums = gradient or (None, None)
     grad_gamma, grad_beta = sums or (None, None)
+    vectors2 = _vectors(bn2)
+    epilogue: dict[str, Any] = {"K": K, "ADD_STRIDE": add_stride, "RELU": activation == "relu", "PARTIALS": partials}
+    epilogue["WIDE"] = wide
     launch(
         prologue_conv_kernel,
-        (tiles * ceil_div(K, config["BN"]),),
+        (tiles * ceil_div(K, config["BN"]), splits),
         x,
         y,
         *_vectors(bn),
@@ -531,12 +671,13 @@ def _conv(
         float(x.numel() // x.shape[1]),
         weight,
         x2,
-        *_vectors(bn2),
+        *vectors2,
         weight2,
         shift,
         residual,
         out,
         space,
+        shares,
         rows,
         x.shape[2],
         x.shape[3],
@@ -546,24 +687,55 @@ def _conv(
         0 if x2 is None else x2.shape[3],
         C=x.shape[1],
         C2=0 if x2 is None else x2.shape[1],
-        K=K,
         TAPS=taps,
         STRIDE=stride,
         PADDING=padding,
         DILATION=dilation,
         TRANSPOSED=transposed,
         STRIDE2=stride2,
-        ADD_STRIDE=add_stride,
         LAYOUT=layout,
         LAYOUT2=layout2,
         GRADIENT=gradient is not None,
-        RELU=activation == "relu",
-        PARTIALS=partials,
         PRECISION=exactness,
-        WIDE=wide,
+        **epilogue,
         **config,
     )
+    if shares is not None:
+        launch(
+            prologue_merge_kernel,
+            (parts, ceil_div(K, MERGE["BN"])),
+            shares,
+            x2,
+            *vectors2,
+            shift,
+            residual,
+            out,
+            space,
+            rows,
+            P,
+            Q,
+            SPLITS=splits,
+            **epilogue,
+            **MERGE,
+        )
     return space
+
+
+GATHER = {"BLOCK_P": 64, "BLOCK_C": 32, "num_warps": 4}
+MANY = 1024  # partials from which they are merged by groups first: what finishes them has few programs
+
+
+def _gathered(partials: Tensor, moments: bool) -> Tensor:
+    """The partials of the tiles, many of them as fewer: (count, mean, M2) with `moments`, else sums."""
+    while partials.shape[1] >= MANY:
+        numbers, parts, channels = partials.shape
+        fewer = partials.new_empty((numbers, ceil_div(parts, GATHER["BLOCK_P"]), channels))
+        grid = (fewer.shape[1], ceil_div(channels, GATHER["BLOCK_C"]))
+        launch(
+            prologue_gather_kernel, grid, partials, fewer, parts, channels, NUMBERS=numbers, MOMENTS=moments, **GATHER
+        )
+        partials = fewer
+    return partials
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -598,6 +770,7 @@ def prologue_conv_forward(
     )
     if partials is None:
         return out, None, None
+    partials = _gathered(partials, True)
     return out, *bn_act.merged_statistics(partials, running_mean, running_var, momentum, N * P * Q)
 
 
@@ -638,7 +811,7 @@ def prologue_conv_grad_input(
 def _with_sums(out: Tensor, bn: Norm | None, partials: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if bn is None or partials is None:
         return out, None, None
-    grad_gamma, grad_beta = bn_act.finish_backward(partials, bn[1].contiguous(), bn[4])
+    grad_gamma, grad_beta = bn_act.finish_backward(_gathered(partials, False), bn[1].contiguous(), bn[4])
     return out, grad_gamma, grad_beta
 
 
