@@ -52,7 +52,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "prologue_products",
         "bn_mask_backward",
     ),
-    "residual_block": ("second_moments",),
+    "residual_block": ("second_moments", "masked_sums"),
 }
 _OP_OF = {primitive: op for op, primitives in OPS.items() for primitive in primitives}
 
@@ -68,7 +68,7 @@ AUTOMATIC: dict[str, dict[str, tuple[str, ...]]] = {
         "conv_bias_act": ("cpp", "library", "reference"),
         "conv_bn_act": ("library", "cpp", "reference"),
         "prologue": ("reference",),
-        "residual_block": ("reference",),
+        "residual_block": ("cpp", "reference"),
     },
     "cuda": {
         # Not measured yet: fused on the strength of the bytes they save, once they have proven equal to reference.

@@ -118,6 +118,105 @@ def test_wrong_operands_are_refused() -> None:
         cpp._ops.winograd_gradient.default(*odd)
 
 
+# ---- the weight's gradient tap by tap --------------------------------------------------------------------------------
+
+TAPS = {  # n, c, size, k, kernel, stride, padding, dilation
+    "3x3, stride 2": (3, 64, (19, 22), 64, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "splits": (2, 32, (61, 64), 48, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "blocks of both": (1, 320, (9, 8), 272, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "dilated, uneven": (2, 40, (11, 9), 33, (3, 2), (1, 3), (2, 0), (2, 1)),
+    "1x1, padded": (2, 64, (5, 4), 16, (1, 1), (2, 1), (1, 1), (1, 1)),
+    "few channels": (2, 3, (20, 21), 7, (7, 7), (2, 2), (3, 3), (1, 1)),
+}
+
+
+def check_conv_gradient(n: int, c: int, size: tuple[int, int], k: int, kernel: tuple[int, int], *geometry: Any) -> None:
+    x = channels_last(n, c, *size) + 0.5
+    grad = channels_last(*F.conv2d(x, x.new_zeros(k, c, *kernel), None, *geometry).shape)
+    guarded = torch.full((k * c * kernel[0] * kernel[1] + 64,), 7.0)
+    ours = guarded[32:-32].view(k, *kernel, c).permute(0, 3, 1, 2)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            cpp._ops.conv_gradient.default(x, grad, ours, *(value for pair in geometry for value in pair))
+        results.append(ours.clone())
+    assert torch.all(torch.cat([guarded[:32], guarded[-32:]]) == 7)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    of = lambda x, grad: torch.nn.grad.conv2d_weight(x, (k, c, *kernel), grad, *geometry)  # noqa: E731
+    assert_as_exact("dw", ours, of(x, grad), of(x.double(), grad.double()), n * grad.shape[2] * grad.shape[3])
+
+
+@pytest.mark.parametrize("shape", TAPS.values(), ids=TAPS)
+def test_gradient_tap_by_tap(shape: Any) -> None:
+    check_conv_gradient(*shape)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_gradient_tap_by_tap_of_any_shape(data: st.DataObject) -> None:
+    draw = lambda least, most: data.draw(st.integers(least, most))  # noqa: E731
+    kernel, dilation = (draw(1, 4), draw(1, 4)), (draw(1, 3), draw(1, 3))
+    stride, padding = (draw(1, 3), draw(1, 3)), (draw(0, 3), draw(0, 3))
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
+    size = (draw(least[0], least[0] + 30), draw(least[1], least[1] + 30))
+    torch.manual_seed(0)
+    check_conv_gradient(draw(1, 3), draw(1, 70), size, draw(1, 70), kernel, stride, padding, dilation)
+
+
+def test_wrong_operands_of_it_are_refused() -> None:
+    good = (channels_last(1, 16, 6, 6), channels_last(1, 32, 3, 3), channels_last(32, 16, 3, 3), 2, 2, 1, 1, 1, 1)
+    cpp._ops.conv_gradient.default(*good)
+    for index, wrong, message in (
+        (0, good[0].double(), "float32"),
+        (1, channels_last(1, 32, 3, 2), "sizes of a convolution"),
+        (2, channels_last(32, 8, 3, 3), "sizes of a convolution"),
+        (3, 0, "must be positive"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            cpp._ops.conv_gradient.default(*good[:index], wrong, *good[index + 1 :])
+
+
+# ---- what the Gram form asks for -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (70, 96), (1500, 64), (5000, 160)], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_second_moments(shape: tuple[int, int], offset: float) -> None:
+    """No digits are lost where the mean is large; symmetric to the bit, whatever the number of threads."""
+    rows = torch.randn(shape) * torch.rand(shape[1]) + offset
+    exact_mean, exact = reference.second_moments(rows.double())
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(cpp.second_moments(rows))
+    mean, moments = results[0]
+    assert all(torch.equal(mean, m) and torch.equal(moments, k) for m, k in results)
+    assert torch.equal(moments, moments.T)
+    assert (mean - exact_mean).abs().max() <= 4e-7 * max(1.0, offset)
+    bound = exact.diagonal().sqrt().outer(exact.diagonal().sqrt())  # Cauchy and Schwarz
+    assert ((moments - exact).abs() <= 2e-6 * bound + 1e-12).all()
+
+
+def test_second_moments_of_other_rows() -> None:
+    for rows in (torch.randn(50, 32).double(), torch.randn(50, 17), torch.randn(0, 32)):
+        mean, moments = cpp.second_moments(rows)
+        expected = reference.second_moments(rows)
+        torch.testing.assert_close((mean, moments), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 5, 7), (3, 64, 40, 41), (1, 1, 3, 3), (0, 8, 4, 4)], ids=str)
+def test_masked_sums(shape: tuple[int, ...]) -> None:
+    grad, out = channels_last(*shape), channels_last(*shape).relu()
+    if out.numel():
+        out[0, 0, 0, 0] = torch.nan
+    g, sums = cpp.masked_sums(grad, out)
+    expected, exact = reference.masked_sums(grad, out)[0], reference.masked_sums(grad.double(), out.double())[1]
+    assert torch.equal(g, expected)
+    terms = max(1, grad.numel() // max(shape[1], 1))
+    assert ((sums - exact).abs() <= 4 * torch.finfo(torch.float32).eps * terms**0.5 * 4).all()
+
+
 # ---- weights of the backward convolution -----------------------------------------------------------------------------
 
 

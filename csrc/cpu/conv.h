@@ -177,6 +177,21 @@ inline Panel panel_of(int64_t channels) {
   return {64, 6, &kTiles<4, 6>[0], &kFoldedTiles<4, 6>[0]};
 }
 
+// Floats from a row to the next of what tiles walk across: an odd number of cache lines, which the L1 cache keeps apart.
+inline int64_t apart(int64_t columns) { return (ceil_div(columns, kLine) | 1) * kLine; }
+
+// to[k][c] (+)= sum of u[.][k] v[.][c] over `count` rows; v is one panel, `rows` of u's columns are taken, rows `step` apart.
+inline void multiply_transposed(const Panel& panel, int64_t count, int64_t rows, const float* u, int64_t step, const float* v,
+                                float* to, int64_t stride, int64_t columns, bool add) {
+  const Reduction sum{1, 1, count, 0, 0, 1, 0, step};
+  const int64_t tiles = ceil_div(rows, panel.pixels);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = rows * t / tiles, size = rows * (t + 1) / tiles - begin;
+    float* out = to + begin * stride;
+    panel.tiles[size - 1](sum, u + begin, v, {nullptr, add ? out : nullptr, out, stride, columns, false, v});
+  }
+}
+
 // Memory that a thread keeps, for the pages of a new buffer cost as much as what is done with them. `Shared`: by all threads
 // of an operator, whose own buffers are others.
 template <bool Shared = false>

@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t kPatch = 4, kPoints = 16;
 constexpr int64_t kSums = 64 * 1024;  // floats of a block
 constexpr int64_t kItems = 32;        // at least, where there are patches enough
-constexpr int64_t kChunk = 128;       // patches
-constexpr int64_t kLeastChunks = 4;   // of a split
+constexpr int64_t kChunk = 192;       // patches
+constexpr int64_t kLeastChunks = 2;   // of a split
 
 struct Problem {
   int64_t n, c, h, w, k, out_h, out_w, pad_h, pad_w;
@@ -53,9 +53,6 @@ struct Block {
     first = p.patches() * split / p.splits, last = p.patches() * (split + 1) / p.splits;
   }
 };
-
-// Floats from a patch to the next of what tiles walk across: an odd number of cache lines, which the L1 cache keeps apart.
-int64_t apart(int64_t rows) { return (rows / kLine | 1) * kLine; }
 
 #ifdef FR_CONV
 #pragma GCC push_options
@@ -124,18 +121,6 @@ void transform(const Problem& p, const Block& block, int64_t point, const float*
   }
 }
 
-// to[k][c] (+)= sum over patches of u[.][k] v[.][c], v being of one panel.
-void multiply(const Problem& p, int64_t count, int64_t rows, const float* u, const float* v, float* to, int64_t columns,
-              bool add) {
-  const Reduction sum{1, 1, count, 0, 0, 1, 0, apart(rows)};
-  const int64_t tiles = ceil_div(rows, p.panel.pixels);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = rows * t / tiles, size = rows * (t + 1) / tiles - begin;
-    float* out = to + begin * p.c;
-    p.panel.tiles[size - 1](sum, u + begin, v, {nullptr, add ? out : nullptr, out, p.c, columns, false, v});
-  }
-}
-
 FR_CLONES void add_to(int64_t size, const float* __restrict from, float* __restrict to) {
   for (int64_t i = 0; i < size; ++i) to[i] += from[i];
 }
@@ -174,8 +159,8 @@ void run(const Problem& p, const float* x, const float* g, float* out) {
           float* to = sums.data() + block.split * size + point * kPatch * plane + block.k * p.c;
           for (int64_t j = 0; j < kPatch * panels; ++j) {
             const int64_t channel = (block.panel + j % panels) * wide;
-            multiply(p, count, rows, u + j / panels * u_step, v + j * count * wide, to + j / panels * plane + channel,
-                     std::min(wide, p.c - channel), first > block.first);
+            multiply_transposed(p.panel, count, rows, u + j / panels * u_step, apart(rows), v + j * count * wide,
+                                to + j / panels * plane + channel, p.c, std::min(wide, p.c - channel), first > block.first);
           }
         }
       }

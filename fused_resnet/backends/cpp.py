@@ -50,6 +50,7 @@ _SCHEMAS = (
     " Tensor x2, Tensor? gamma2, Tensor? beta2, Tensor mean2, Tensor var2, float eps2, bool relu)"
     " -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_x2, Tensor grad_gamma2, Tensor grad_beta2)",
     "second_moments(Tensor rows) -> (Tensor mean, Tensor moments)",
+    "masked_sums(Tensor grad, Tensor out) -> (Tensor g, Tensor sums)",
     "cuda_check() -> ()",
     "pool_new(int least) -> int",
     "pool_drop(int pool) -> ()",
@@ -67,6 +68,8 @@ _SCHEMAS = (
     " int pad_h, int pad_w, int dilation_h, int dilation_w, bool relu) -> ()",
     "conv_relu_pool(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out, int stride_h, int stride_w, int pad_h,"
     " int pad_w, int dilation_h, int dilation_w) -> ()",
+    "conv_gradient(Tensor x, Tensor grad, Tensor(a!) out, int stride_h, int stride_w, int pad_h, int pad_w,"
+    " int dilation_h, int dilation_w) -> ()",
     "winograd_gradient(Tensor x, Tensor grad, Tensor(a!) out, int pad_h, int pad_w) -> ()",
     "conv_bn_act(Tensor x, Tensor packed, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
     " Tensor? residual, Tensor(a!) out, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,"
@@ -86,7 +89,7 @@ ONLY_ON = {
     "conv_backward": "cpu",
     "bn_bn_act_train_forward": "cuda",
     "bn_bn_act_backward": "cuda",
-    "second_moments": "cuda",
+    "masked_sums": "cpu",
 }
 NOTES = {
     "conv": "training; what csrc's kernels do not serve is torch's",
@@ -488,7 +491,14 @@ def bn_bn_act_backward(
 
 
 def second_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    return _ops.second_moments.default(rows.contiguous()) if rows.numel() else reference.second_moments(rows)
+    ours = rows.is_cuda or (rows.dtype == torch.float32 and rows.shape[1] % 32 == 0 and conv_unavailable() is None)
+    return _ops.second_moments.default(rows.contiguous()) if rows.numel() and ours else reference.second_moments(rows)
+
+
+def masked_sums(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    if out.dtype != torch.float32 or not is_channels_last(out):
+        return reference.masked_sums(grad, out)
+    return _ops.masked_sums.default(grad, out)
 
 
 def _like(residual: Tensor, y: Tensor) -> Tensor:
@@ -587,10 +597,15 @@ def _weight_gradient(
             x = x[:, :, :: stride[0], :: stride[1]]
         rows = x.permute(0, 2, 3, 1).reshape(-1, c)
         return (grad.permute(0, 2, 3, 1).reshape(-1, k).t() @ rows).view(k, c, 1, 1)
-    if c % 16 or k % 16 or not _by_winograd(weight, tuple(x.shape), stride, padding, dilation):
+    if kernel == [1, 1] or c % 32 or k % 16:
         return None
     out = torch.empty_like(weight, memory_format=torch.channels_last)
-    _ops.winograd_gradient.default(x, grad, out, *padding)
+    if _by_winograd(weight, tuple(x.shape), stride, padding, dilation):
+        _ops.winograd_gradient.default(x, grad, out, *padding)
+    elif stride == (1, 1):
+        return None
+    else:
+        _ops.conv_gradient.default(x, grad, out, *stride, *padding, *dilation)
     return out
 
 

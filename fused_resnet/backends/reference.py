@@ -344,6 +344,12 @@ def conv_bn_act_forward(
     return bn_act_eval_forward(y, gamma, beta, mean, var, residual, eps, activation)
 
 
+def masked_sums(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, sum of g per channel, in the accumulation type) with g = grad * (out > 0 or out is NaN)."""
+    g = add_relu_backward(grad, out)
+    return g, g.sum((0, 2, 3), dtype=accumulate_dtype(g.dtype))
+
+
 def second_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, sum of (row - mean)(row - mean)^T) of (M, w) rows, in the accumulation type: (w,) and (w, w)."""
     wide = rows.to(accumulate_dtype(rows.dtype))

@@ -132,16 +132,21 @@ def _gram_forward(
     return dispatch.call("conv_bias_act_forward", a, *args, backend=backend), state
 
 
+def _by_convs(g: Tensor) -> bool:
+    """Whether convolutions, rather than matrix products, are what the products of the Gram form are fastest by."""
+    return g.device.type == "cpu" and g.dtype == torch.float32
+
+
 def _gram_backward(
-    g: Tensor, a: Tensor, unit: Unit, state: State, backend: str
+    g: Tensor, s1: Tensor | None, a: Tensor, unit: Unit, state: State, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(da, dW, dgamma, dbeta) of bn(conv(a)) in Gram form."""
-    by_convs = g.device.type == "cpu" and g.dtype == torch.float32
+    """(da, dW, dgamma, dbeta) of bn(conv(a)) in Gram form; s1: the sums of g, where they are known."""
+    by_convs = _by_convs(g)
     g_rows, a_rows = _rows(g), _rows(a)
     if by_convs:
         options = (None, *_POINTWISE, False, True)
         q = dispatch.call("conv_backward", g, a, unit.weight, *options, backend=conv_backend(backend))[1].flatten(1)
-        s1 = g_rows.sum(0)
+        s1 = g_rows.sum(0) if s1 is None else s1
     else:
         q, s1 = _products(g_rows, a_rows, accumulate_dtype(a.dtype))
     found = gram_gradients(q, s1, g_rows.shape[0], unit, state)
@@ -285,9 +290,13 @@ def _backward(
     grad = as_layout(grad, out)
     unit = spec.units[last]
     da: Tensor | None
+    s1 = None
     if spec.plan.gram:
-        g = dispatch.call("add_relu_backward", grad, out, backend=spec.backend)
-        da, *grads[last] = _gram_backward(g, _sampled(inputs[last], unit), unit, states[last], spec.backend)
+        if _by_convs(grad):
+            g, s1 = dispatch.call("masked_sums", grad, out, backend=conv_backend(spec.backend))
+        else:
+            g = dispatch.call("add_relu_backward", grad, out, backend=spec.backend)
+        da, *grads[last] = _gram_backward(g, s1, _sampled(inputs[last], unit), unit, states[last], spec.backend)
         da = _spread(da, inputs[last], unit)
     else:
         state = _with_output(states[last], unit, inputs[last], spec.backend)
@@ -302,7 +311,7 @@ def _backward(
     if spec.projected:
         unit = spec.units[main]
         if spec.plan.gram_projection:
-            shortcut, *grads[main] = _gram_backward(g, _sampled(x, unit), unit, states[main], spec.backend)
+            shortcut, *grads[main] = _gram_backward(g, s1, _sampled(x, unit), unit, states[main], spec.backend)
             if da is not None:
                 da[:, :, :: unit.stride[0], :: unit.stride[1]] += shortcut
         else:
