@@ -143,7 +143,7 @@ def test_info_plan_under_autocast(capsys: pytest.CaptureFixture[str]) -> None:
     """Rules may name a dtype: that of the convs."""
     options = ["info", "--plan", "resnet18", "--batch", "2", "--size", "64", "--json"]
     for dtype, expected in (("fp32", "float32"), ("bf16", "bfloat16")):
-        with use_plan(layers=[{"dtype": "bfloat16", "stored": True}]):
+        with use_plan(stored=False, layers=[{"dtype": "bfloat16", "stored": True}]):
             assert cli.main([*options, "--dtype", dtype]) == 0
         rows = json.loads(capsys.readouterr().out)
         assert {layer["layer"]["dtype"] for row in rows for layer in row["layers"].values()} == {expected}
