@@ -11,7 +11,8 @@ constexpr int64_t kMostSplits = 32;
 
 int64_t splits_of(int64_t rows) { return std::clamp<int64_t>(rows / kSplitRows, 1, kMostSplits); }
 
-FR_CLONES void add_to(int64_t n, const float* __restrict from, float* __restrict to) {
+template <typename T>
+FR_CLONES void add_to(int64_t n, const float* __restrict from, T* __restrict to) {
   for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
@@ -25,18 +26,21 @@ FR_CLONES void add_difference(int64_t n, const float* __restrict x, const float*
 
 // ---- second moments ---------------------------------------------------------------------------------------------------
 
-// sums[c] = sum of d and squares[i][j] = sum of d_i d_j (panels i <= j alone), d = row - pivot, over rows [first, last).
+// sums[c] = sum of d and squares[i][j] = sum of d_i d_j (panels i <= j alone), d = row - pivot, over rows [first, last). The
+// buffer has room for a chunk's d and their sums: no chain of additions is long.
 void moments_of(const Panel& panel, int64_t c, const float* rows, const float* pivot, int64_t first, int64_t last, float* buffer,
-                float* sums, float* squares) {
+                double* sums, float* squares) {
   const int64_t wide = panel.channels, panels = c / wide;
-  std::memset(sums, 0, c * sizeof(float));
+  float* sum = buffer + kChunk * c;
   for (int64_t begin = first; begin < last; begin += kChunk) {
     const int64_t count = std::min(kChunk, last - begin);
+    std::memset(sum, 0, c * sizeof(float));
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t p = 0; p < panels; ++p) {
-        add_difference(wide, rows + (begin + r) * c + p * wide, pivot + p * wide, buffer + (p * count + r) * wide, sums + p * wide);
+        add_difference(wide, rows + (begin + r) * c + p * wide, pivot + p * wide, buffer + (p * count + r) * wide, sum + p * wide);
       }
     }
+    add_to(c, sum, sums);
     for (int64_t i = 0; i < panels; ++i) {
       for (int64_t j = i; j < panels; ++j) {
         multiply_transposed(panel, count, wide, buffer + i * count * wide, wide, buffer + j * count * wide,
@@ -53,7 +57,7 @@ std::tuple<Tensor, Tensor> second_moments(const Tensor& rows) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.scalar_type() == ScalarType::Float && rows.size(0) > 0 && rows.size(1) % 32 == 0 &&
                       rows.stride(1) == 1 && rows.stride(0) == rows.size(1),
                   "rows must be (M, C), contiguous, float32, M positive and C a multiple of 32");
-  const int64_t m = rows.size(0), c = rows.size(1), splits = splits_of(m), size = c * c + c;
+  const int64_t m = rows.size(0), c = rows.size(1), splits = splits_of(m), size = c * c;
   const Panel panel = panel_of(c % 64 ? 32 : 64);
   const int64_t matrix[] = {c, c}, step[] = {c, 1};
   Tensor mean = new_vector(rows, c), moments = new_strided(rows, 2, matrix, step, dtype_code(rows));
@@ -64,21 +68,22 @@ std::tuple<Tensor, Tensor> second_moments(const Tensor& rows) {
   for (int64_t r = 0; r < first; ++r) add_to(c, x + r * c, pivot.data());
   for (float& p : pivot) p /= float(first);
   const Buffer<true> parts(splits * size);
+  std::vector<double> sums(splits * c, 0.0);
   parallel_dynamic(splits, m / splits * c * c / 32, [&](const auto& next) {
-    const Buffer<> buffer(kChunk * c);
+    const Buffer<> buffer(kChunk * c + c);
     for (int64_t s = next(); s >= 0; s = next()) {
-      float* sums = parts.data() + s * size;
-      moments_of(panel, c, x, pivot.data(), m * s / splits, m * (s + 1) / splits, buffer.data(), sums, sums + c);
+      moments_of(panel, c, x, pivot.data(), m * s / splits, m * (s + 1) / splits, buffer.data(), &sums[s * c],
+                 parts.data() + s * size);
     }
   });
   std::vector<double> off(c, 0.0);  // mean - pivot
   for (int64_t s = 0; s < splits; ++s) {
-    for (int64_t i = 0; i < c; ++i) off[i] += parts.data()[s * size + i];
+    for (int64_t i = 0; i < c; ++i) off[i] += sums[s * c + i];
   }
-  for (int64_t i = 0; i < c; ++i) off[i] /= double(m), mu[i] = float(pivot[i] + off[i]);
+  for (int64_t i = 0; i < c; ++i) off[i] /= double(m), mu[i] = float(double(pivot[i]) + off[i]);
   parallel_items(c, c * splits, false, [&](int64_t i) {
     const int64_t begin = i / panel.channels * panel.channels;
-    float* row = parts.data() + c + i * c;
+    float* row = parts.data() + i * c;
     for (int64_t s = 1; s < splits; ++s) add_to(c - begin, row + s * size + begin, row + begin);
     for (int64_t j = i; j < c; ++j) k[i * c + j] = k[j * c + i] = float(row[j] - double(m) * off[i] * off[j]);
   });
