@@ -9,6 +9,9 @@ STAMPS := $(VENV)/.make
 TRT := $(VENV)/tensorrt
 TRITON := $(VENV)/triton-3.6.0
 AOT_ARGS ?=
+ENGINES := eager,channels_last,compile,fused calls,onnxruntime,openvino,fused_resnet,as is
+TRAINERS := eager,channels_last,compile,fused_resnet,as is,ours: low
+CELLS = $(BIN)/fused-resnet bench-models --rounds 9
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 TORCH := from importlib.metadata import version; torch = tuple(map(int, version("torch").split(".")[:2]))
@@ -23,7 +26,7 @@ ifeq ($(FUSED_RESNET_NO_EXT),)
 export FUSED_RESNET_REQUIRE_EXT ?= $(if $(shell command -v c++),1,0)
 endif
 
-.PHONY: help bench bench-all bench-zoo degradation test lint wheel test-install test-abi cuda-check test-aot test-zoo \
+.PHONY: help bench bench-all bench-cpu bench-zoo degradation test lint wheel test-install test-abi cuda-check test-aot test-zoo \
     test-export test-tensorrt test-distributed clean FORCE
 .DELETE_ON_ERROR:
 
@@ -35,6 +38,15 @@ bench: $(STAMPS)/bench $(STAMPS)/extension ## parity, then speed: make bench BEN
 
 bench-all: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## all of benchmarks/RESULTS.md, in about 20 minutes; it resumes
 	$(BIN)/fused-resnet bench-all $(BENCH_ARGS)
+
+bench-cpu: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## ResNet-50 and ResNet-18 beside all CPU engines, 2 threads and 1: 25 minutes; it resumes
+	for model in resnet50 resnet18; do \
+	    $(CELLS) --model $$model --mode infer --batches 1,16,32 --rivals "$(ENGINES)" $(BENCH_ARGS) && \
+	    $(CELLS) --model $$model --mode train --batches 16 --rivals "$(TRAINERS)" $(BENCH_ARGS) && \
+	    OMP_NUM_THREADS=1 $(CELLS) --model $$model --mode infer --batches 1,16 --rivals "$(ENGINES)" \
+	        --out benchmarks/results/cpu-1-thread/models.csv $(BENCH_ARGS) || exit 1; \
+	done
+	$(BIN)/fused-resnet bench-all --parts report
 
 bench-zoo: $(STAMPS)/bench $(STAMPS)/peers $(STAMPS)/extension ## fuse() on every model of benchmarks/zoo.py: the README's table; it resumes
 	$(BIN)/python -m fused_resnet.benchmarks.bench_zoo --readme README.md $(BENCH_ARGS)

@@ -6,6 +6,7 @@ A result passes where its error is at most twice what torch's own layers make in
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_resnet.dispatch import BackendUnavailableError
-from fused_resnet.parity import FACTOR, Comparison, compare, granted_errors, relative_error
+from fused_resnet.parity import (
+    AGAIN,
+    FACTOR,
+    Comparison,
+    compare,
+    granted_errors,
+    joined,
+    may_be_chance,
+    nudged,
+    relative_error,
+)
 
 from .harness import one_line
 from .rivals import WHAT, Entry, Job, Rival, title
@@ -163,28 +174,44 @@ def train_agreement(job: Job, ours: list[Rival], advance: Advance) -> list[Agree
     """Loss, every gradient and every running statistic of one training step on (some of) the job's batch."""
     job = job.with_mode("train")
     x = job.x[: EXACT if job.x.device.type == "cpu" else 32]
-    advance("torch's training step")
-    net = job.plain()
-    plain = _training_step(job, Entry(net, False, net), x)
-    advance("training step in float64")
-    net = _exact_net(job)
-    exact = _training_step(job, Entry(net, False, net), x.double())
-    advance("torch's training step in other ways")
-    granted = granted_errors(_equally_good(job, x), exact)
+
+    @functools.cache
+    def truth(attempt: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+        """(the input, torch's step, the exact one, the errors that chance makes); see `parity.verify` on attempts."""
+        given = nudged(x, attempt, 0.5) if attempt else x
+        advance("torch's training step")
+        net = job.plain()
+        plain = _training_step(job, Entry(net, False, net), given)
+        advance("training step in float64")
+        net = _exact_net(job)
+        exact = _training_step(job, Entry(net, False, net), given.double())
+        advance("torch's training step in other ways")
+        return given, plain, exact, granted_errors(_equally_good(job, given), exact)
+
+    def compared(one: Rival, attempt: int, result: Agreement) -> list[Comparison] | None:
+        given, plain, exact, granted = truth(attempt)
+        results = _attempt(result, lambda: _training_step(job, one.prepare(job), given))
+        if results is None:
+            return None
+        if results.keys() != exact.keys():
+            missing = sorted(results.keys() ^ exact.keys())
+            result.problems.append(f"{len(missing)} gradients or buffers are missing or too many, first {missing[0]}")
+        return [compare(n, results[n], plain[n], exact[n], granted=granted[n]) for n in exact if n in results]
+
     found = []
     for one in ours:
         advance(f"training step of {title(one.name, job.model)}")
         result = Agreement(one.name, "train")
         found.append(result)
-        results = _attempt(result, lambda one=one: _training_step(job, one.prepare(job), x))
-        if results is None:
-            continue
-        result.facts = {"crops": len(x)}
-        if results.keys() != exact.keys():
-            missing = sorted(results.keys() ^ exact.keys())
-            result.problems.append(f"{len(missing)} gradients or buffers are missing or too many, first {missing[0]}")
-        shared = [name for name in exact if name in results]
-        result.hold([compare(n, results[n], plain[n], exact[n], granted=granted[n]) for n in shared])
+        rows = compared(one, 0, result)
+        for attempt in range(1, 1 + AGAIN):
+            if rows is None or not may_be_chance(rows):
+                break
+            again = compared(one, attempt, result)
+            rows = rows if again is None else joined(rows, again)
+        if rows is not None:
+            result.facts = {"crops": len(x)}
+            result.hold(rows)
     return found
 
 

@@ -171,26 +171,32 @@ def verify(model: nn.Module, x: Tensor, *, train: bool = False, seed: int = 0) -
     """
     x = x.clone() if x.is_inference() else x
     report = _compared(model, x, train, seed)
-    for again in range(1, 1 + _AGAIN):
-        failed = [row for row in report.rows if not row.ok]
-        if not failed or not x.is_floating_point() or any(not row.name.startswith("gradient") for row in failed):
+    for again in range(1, 1 + AGAIN):
+        if not x.is_floating_point() or not may_be_chance(report.rows):
             break
-        report = _joined(report, _compared(model, _nudged(x, seed + again, 0.5), train, seed))
+        second = _compared(model, nudged(x, seed + again, 0.5), train, seed)
+        report = Report(joined(report.rows, second.rows), report.unfused, report.train, report.layers)
     if not report.ok:
         raise ParityError(str(report), report)
     return report
 
 
-_AGAIN = 3
+AGAIN = 3
 
 
-def _joined(first: Report, second: Report) -> Report:
-    """Of two reports on one model the better row of each gradient, and the worse of what is continuous."""
+def may_be_chance(rows: list[Comparison]) -> bool:
+    """Whether some rows fail, and none but gradients."""
+    failed = [row for row in rows if not row.ok]
+    return bool(failed) and all(row.name.startswith("gradient") for row in failed)
+
+
+def joined(first: list[Comparison], second: list[Comparison]) -> list[Comparison]:
+    """Of two comparisons of one model the better row of each gradient, and the worse of what is continuous."""
     rows = []
-    for pair in zip(first.rows, second.rows, strict=True):
+    for pair in zip(first, second, strict=True):
         pick = min if pair[0].name.startswith("gradient") else max
         rows.append(pick(pair, key=lambda row: row.used))
-    return Report(rows, first.unfused, first.train, first.layers)
+    return rows
 
 
 def _compared(model: nn.Module, x: Tensor, train: bool, seed: int) -> Report:
@@ -269,10 +275,10 @@ def _equally_good(model: nn.Module, x: Tensor, seed: int) -> Iterator[dict[str, 
         other = torch.contiguous_format if is_channels_last(x) else torch.channels_last
         yield _run(plain, x.contiguous(memory_format=other), True, seed)
     if x.is_floating_point():
-        yield _run(restore(copy.deepcopy(model)), _nudged(x, seed, 1.0), True, seed)
+        yield _run(restore(copy.deepcopy(model)), nudged(x, seed, 1.0), True, seed)
 
 
-def _nudged(x: Tensor, seed: int, digits: float) -> Tensor:
+def nudged(x: Tensor, seed: int, digits: float) -> Tensor:
     """x changed in the last of the digits that the model computes in, 1.0, or in the lower half of them, 0.5."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
     return x + x * noise * torch.finfo(autocast_dtype(x) or x.dtype).eps ** digits

@@ -92,7 +92,7 @@ ONLY_ON = {
     "masked_sums": "cpu",
 }
 NOTES = {
-    "conv": "training; what csrc's kernels do not serve is torch's",
+    "conv": "training",
     "conv_bias_act": "conv in torch, epilogue in csrc",
     "conv_bn_act": "conv in torch, epilogue in csrc",
 }
@@ -238,11 +238,13 @@ def _pays(weight: Tensor, pixels: int, stride: Any, padding: Any, dilation: Any,
 
 def partly(op: str) -> tuple[bool, str] | None:
     """Where the automatic choice does not take this backend for all calls: (whether for some, for which or why not)."""
-    if op != "conv_bias_act":
+    if op not in ("conv", "conv_bias_act"):
         return None
     reason = conv_unavailable()
     if reason is not None:
         return False, f"on request; {reason}"
+    if op == "conv":
+        return True, f"training: float32, channels_last, ungrouped, from {_PACKED_AT_EACH_CALL} output pixels"
     convs = f"float32, channels_last, output channels in multiples of {_PANEL}"
     return True, f"modules: {convs}; 3x3 with stride 1 by Winograd's algorithm, other 3x3 of single images"
 
