@@ -81,7 +81,7 @@ def _nbytes(*values: Any) -> int:
 
 def _weight(what: str, tensors: Sequence[Any]) -> Tensor:
     """Of a conv's arguments; before it stand the input, in a backward pass the gradient, and what is written over."""
-    return tensors[2 if what.endswith(("convolution_backward", "pointwise_")) else 1]
+    return tensors[2 if what.endswith(("conv_backward", "convolution_backward", "pointwise_")) else 1]
 
 
 def _conv_flops(weight: Tensor, out: Tensor) -> float:
@@ -97,6 +97,11 @@ def cost(what: str, args: tuple[Any, ...], out: Any) -> tuple[float, float]:
         wanted = args[10]
         gradients = wanted[0] + wanted[1]
         return gradients * (grad.nbytes + weight.nbytes + x.nbytes), gradients * _conv_flops(weight, grad)
+    if what == "conv_backward":
+        grad, x, weight, onto, *_, needs_x, needs_weight = args
+        gradients = needs_x + needs_weight
+        read = gradients * (grad.nbytes + weight.nbytes + x.nbytes) + (0 if onto is None else onto.nbytes)
+        return read, gradients * _conv_flops(weight, grad)
     if what == OWN_CONV:
         x, packed, bias, residual, out = args[:5]
         over = out.nbytes if residual is out else 0  # read, then written

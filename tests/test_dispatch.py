@@ -305,7 +305,8 @@ def test_backend_table() -> None:
     assert {row.op for row in table} == set(dispatch.OPS)
     for op in dispatch.OPS:
         rows = [row for row in table if row.op == op and row.device == "cpu"]
-        assert [row.live for row in rows].count(True) == 1 + (op == "conv_bias_act" and cpp.conv_unavailable() is None)
+        partly = op in ("conv", "conv_bias_act") and cpp.conv_unavailable() is None
+        assert [row.live for row in rows].count(True) == 1 + partly
         assert {row.backend for row in rows} == set(dispatch.BACKENDS)
         assert all(row.live or row.note for row in rows), "a reason is missing"
     lines = str(table).splitlines()

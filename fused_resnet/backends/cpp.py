@@ -78,7 +78,7 @@ _SCHEMAS = (
 _PANEL, _WIDE_PANEL = 32, 64  # output channels that csrc's convolution takes at a time
 _POOL = ((3, 3), (2, 2), (1, 1), (1, 1))  # the stem's max pool: kernel, stride, padding, dilation
 _KEPT = 6  # arguments of a choice for weights that are packed once: (weight, *geometry, activation)
-_PACKED_AT_EACH_CALL = 512  # output pixels from which that costs less than it gains
+_PACKED_AT_EACH_CALL = 512  # output pixels from which packing a weight costs less than it gains
 _DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -594,6 +594,8 @@ def _weight_gradient(
 ) -> Tensor | None:
     """Where there is a faster way to it than oneDNN's; else None."""
     k, c, *kernel = weight.shape
+    if grad.shape[0] * grad.shape[2] * grad.shape[3] < _PACKED_AT_EACH_CALL:
+        return None
     if kernel == [1, 1] and padding == (0, 0) and min(k, c) >= _LEAST_CHANNELS:
         if stride != (1, 1):
             x = x[:, :, :: stride[0], :: stride[1]]
