@@ -18,15 +18,13 @@ from torch.nn import functional as F
 
 from fused_resnet.dispatch import BackendUnavailableError
 from fused_resnet.parity import (
-    AGAIN,
     FACTOR,
     Comparison,
     compare,
     granted_errors,
-    joined,
-    may_be_chance,
     nudged,
     relative_error,
+    without_chance,
 )
 
 from .harness import one_line
@@ -188,27 +186,24 @@ def train_agreement(job: Job, ours: list[Rival], advance: Advance) -> list[Agree
         advance("torch's training step in other ways")
         return given, plain, exact, granted_errors(_equally_good(job, given), exact)
 
-    def compared(one: Rival, attempt: int, result: Agreement) -> list[Comparison] | None:
+    def compared(one: Rival, attempt: int, result: Agreement) -> list[Comparison]:
         given, plain, exact, granted = truth(attempt)
-        results = _attempt(result, lambda: _training_step(job, one.prepare(job), given))
-        if results is None:
-            return None
-        if results.keys() != exact.keys():
+        results = _training_step(job, one.prepare(job), given)
+        if results.keys() != exact.keys() and not attempt:
             missing = sorted(results.keys() ^ exact.keys())
             result.problems.append(f"{len(missing)} gradients or buffers are missing or too many, first {missing[0]}")
         return [compare(n, results[n], plain[n], exact[n], granted=granted[n]) for n in exact if n in results]
 
+    def settled(one: Rival, result: Agreement) -> list[Comparison]:
+        return without_chance(compared(one, 0, result), lambda attempt: compared(one, attempt, result))
+
+    truth(0)
     found = []
     for one in ours:
         advance(f"training step of {title(one.name, job.model)}")
         result = Agreement(one.name, "train")
         found.append(result)
-        rows = compared(one, 0, result)
-        for attempt in range(1, 1 + AGAIN):
-            if rows is None or not may_be_chance(rows):
-                break
-            again = compared(one, attempt, result)
-            rows = rows if again is None else joined(rows, again)
+        rows = _attempt(result, lambda one=one, result=result: settled(one, result))
         if rows is not None:
             result.facts = {"crops": len(x)}
             result.hold(rows)

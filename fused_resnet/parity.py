@@ -10,7 +10,7 @@ import contextlib
 import copy
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -171,26 +171,28 @@ def verify(model: nn.Module, x: Tensor, *, train: bool = False, seed: int = 0) -
     """
     x = x.clone() if x.is_inference() else x
     report = _compared(model, x, train, seed)
-    for again in range(1, 1 + AGAIN):
-        if not x.is_floating_point() or not may_be_chance(report.rows):
-            break
-        second = _compared(model, nudged(x, seed + again, 0.5), train, seed)
-        report = Report(joined(report.rows, second.rows), report.unfused, report.train, report.layers)
+    if x.is_floating_point():
+        again = lambda attempt: _compared(model, nudged(x, seed + attempt, 0.5), train, seed).rows  # noqa: E731
+        report = Report(without_chance(report.rows, again), report.unfused, report.train, report.layers)
     if not report.ok:
         raise ParityError(str(report), report)
     return report
 
 
-AGAIN = 3
+_AGAIN = 3
 
 
-def may_be_chance(rows: list[Comparison]) -> bool:
-    """Whether some rows fail, and none but gradients."""
-    failed = [row for row in rows if not row.ok]
-    return bool(failed) and all(row.name.startswith("gradient") for row in failed)
+def without_chance(rows: list[Comparison], again: Callable[[int], list[Comparison]]) -> list[Comparison]:
+    """The rows; where none but gradients fail, joined with those of attempts 1, 2 and 3 until none fails."""
+    for attempt in range(1, 1 + _AGAIN):
+        failed = [row for row in rows if not row.ok]
+        if not failed or any(not row.name.startswith("gradient") for row in failed):
+            break
+        rows = _joined(rows, again(attempt))
+    return rows
 
 
-def joined(first: list[Comparison], second: list[Comparison]) -> list[Comparison]:
+def _joined(first: list[Comparison], second: list[Comparison]) -> list[Comparison]:
     """Of two comparisons of one model the better row of each gradient, and the worse of what is continuous."""
     rows = []
     for pair in zip(first, second, strict=True):

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from tolerances import memory_format
 from torch import Tensor
+
+
+def channels_last(*shape: int) -> Tensor:
+    """Standard normal float32 in channels_last."""
+    return torch.randn(*shape).contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def guarded(n: int, c: int, h: int, w: int) -> Iterator[Tensor]:
+    """(n, c, h, w) in channels_last, to be written to; asserts that nothing around it was."""
+    memory = torch.full((n * c * h * w + 64,), 7.0)
+    yield memory[32:-32].view(n, h, w, c).permute(0, 3, 1, 2)
+    assert torch.all(torch.cat([memory[:32], memory[-32:]]) == 7)
 
 
 class Conv(NamedTuple):

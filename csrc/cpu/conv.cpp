@@ -269,8 +269,7 @@ void convolve(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
   STD_TORCH_CHECK(!by_winograd || (stride_h == 1 && stride_w == 1 && dilation_h == 1 && dilation_w == 1),
                   "a weight packed for Winograd's algorithm serves stride 1 and dilation 1");
   const int64_t r = by_winograd ? 3 : packed.size(1), s = by_winograd ? 3 : packed.size(2);
-  STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && pad_h >= 0 && pad_w >= 0 && dilation_h > 0 && dilation_w > 0,
-                  "strides and dilations must be positive, paddings not negative");
+  check_geometry(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w);
   const int64_t out_h = conv_extent(x.size(2), pad_h, dilation_h, r, stride_h);
   const int64_t out_w = conv_extent(x.size(3), pad_w, dilation_w, s, stride_w);
   Conv conv{x.size(0), x.size(1), x.size(2), x.size(3), out.size(1), r,          s,          out_h,

@@ -255,7 +255,20 @@ struct Operands {
 // winograd.cpp; shapes are checked, and out is not empty.
 void winograd(const Tensor& x, const Tensor& packed, const Tensor& out, int64_t pad_h, int64_t pad_w, const Operands& op);
 
+namespace {  // each file that includes this has its own clones
+template <typename T>
+FR_CLONES void add_to(int64_t n, const float* __restrict from, T* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+}  // namespace
+
 // What is checked
+
+inline void check_geometry(int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
+                           int64_t dilation_w) {
+  STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && pad_h >= 0 && pad_w >= 0 && dilation_h > 0 && dilation_w > 0,
+                  "strides and dilations must be positive, paddings not negative");
+}
 
 inline void check_nhwc(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, name, " must be (N, C, H, W), float32");

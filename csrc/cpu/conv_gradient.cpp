@@ -82,13 +82,6 @@ inline void copy(const float* from, int64_t columns, int64_t wide, float* to) {
 void copy(const float*, int64_t, int64_t, float*) {}
 #endif
 
-FR_CLONES void add_up(int64_t size, int64_t count, int64_t step, const float* __restrict from, float* __restrict to) {
-  for (int64_t i = 0; i < size; ++i) to[i] = from[i];
-  for (int64_t j = 1; j < count; ++j) {
-    for (int64_t i = 0; i < size; ++i) to[i] += from[j * step + i];
-  }
-}
-
 void run(const Problem& p, const float* x, const float* g, float* out) {
   const int64_t wide = p.panel.channels, row = p.taps() * p.c, size = p.k * row, splits = p.splits();
   const int64_t most_rows = apart(ceil_div(p.k, p.k_blocks())), most_panels = ceil_div(p.panels(), p.panel_blocks());
@@ -119,7 +112,10 @@ void run(const Problem& p, const float* x, const float* g, float* out) {
     }
   });
   if (splits == 1) return;
-  parallel_items(p.k, row * splits, false, [&](int64_t k) { add_up(row, splits, size, sums.data() + k * row, out + k * row); });
+  parallel_items(p.k, row * splits, false, [&](int64_t k) {
+    std::memcpy(out + k * row, sums.data() + k * row, row * sizeof(float));
+    for (int64_t split = 1; split < splits; ++split) add_to(row, sums.data() + split * size + k * row, out + k * row);
+  });
 }
 
 // x: what the conv read, grad: of its output; out: (K, C, R, S), channels_last.
@@ -132,8 +128,7 @@ void conv_gradient(const Tensor& x, const Tensor& grad, const Tensor& out, int64
   const int64_t c = x.size(1);
   const Problem p{x.size(0), c,        x.size(2), x.size(3), grad.size(1), out.size(2), out.size(3), grad.size(2), grad.size(3),
                   stride_h,  stride_w, pad_h,     pad_w,     dilation_h,   dilation_w,  panel_of(c % 64 ? 32 : 64)};
-  STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && pad_h >= 0 && pad_w >= 0 && dilation_h > 0 && dilation_w > 0,
-                  "strides and dilations must be positive, paddings not negative");
+  check_geometry(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w);
   STD_TORCH_CHECK(grad.size(0) == p.n && out.size(0) == p.k && out.size(1) == c &&
                       p.out_h == conv_extent(p.h, pad_h, dilation_h, p.r, stride_h) &&
                       p.out_w == conv_extent(p.w, pad_w, dilation_w, p.s, stride_w),

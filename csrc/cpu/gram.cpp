@@ -11,11 +11,6 @@ constexpr int64_t kMostSplits = 32;
 
 int64_t splits_of(int64_t rows) { return std::clamp<int64_t>(rows / kSplitRows, 1, kMostSplits); }
 
-template <typename T>
-FR_CLONES void add_to(int64_t n, const float* __restrict from, T* __restrict to) {
-  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
-}
-
 FR_CLONES void add_difference(int64_t n, const float* __restrict x, const float* __restrict pivot, float* __restrict to,
                               float* __restrict sum) {
   for (int64_t i = 0; i < n; ++i) {

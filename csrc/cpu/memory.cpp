@@ -41,8 +41,7 @@ class Pool {
     const int64_t whole = ceil_div(bytes, kPage) * kPage;
     void* data = std::aligned_alloc(kPage, whole);
     if (!data) {
-      for (const Block& block : free_) std::free(block.data);
-      free_.clear();
+      release();
       data = std::aligned_alloc(kPage, whole);
     }
     if (!data) throw std::bad_alloc();
@@ -64,13 +63,13 @@ class Pool {
 
   void clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    release([](const Block&) { return true; });
+    release();
   }
 
   void drop() {
     const std::lock_guard<std::mutex> lock(mutex_);
     dropped_ = true;
-    release([](const Block&) { return true; });
+    release();
   }
 
   std::vector<int64_t> kept() {
@@ -90,6 +89,7 @@ class Pool {
     }
     free_.resize(left);
   }
+  void release() { release([](const Block&) { return true; }); }
 
   std::mutex mutex_;
   std::vector<Block> free_;

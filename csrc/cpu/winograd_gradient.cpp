@@ -121,10 +121,6 @@ void transform(const Problem& p, const Block& block, int64_t point, const float*
   }
 }
 
-FR_CLONES void add_to(int64_t size, const float* __restrict from, float* __restrict to) {
-  for (int64_t i = 0; i < size; ++i) to[i] += from[i];
-}
-
 // G' m G of a row of c channels, (3, 3, c); points of m stand `step` apart.
 FR_CLONES void transform_back(int64_t c, const float* __restrict m, int64_t step, float* __restrict out) {
 #pragma GCC ivdep

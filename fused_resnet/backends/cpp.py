@@ -228,6 +228,12 @@ def _is_direct(x: Tensor, weight: Tensor, groups: int) -> bool:
     return _is_packed(weight) or (weight.dtype == x.dtype and x.numel() > 0 and is_channels_last(x))
 
 
+def _not_direct(x: Tensor, weight: Tensor, groups: int) -> str | None:
+    if _is_direct(x, weight, groups):
+        return None
+    return conv_unavailable() or "csrc's convolution is for float32 in channels_last, ungrouped"
+
+
 def _pays(weight: Tensor, pixels: int, stride: Any, padding: Any, dilation: Any, shape: tuple[int, ...]) -> bool:
     """Whether csrc's convolution, where it serves a batch, is faster than oneDNN's though it packs its weight."""
     channels, inputs, *kernel = weight.shape
@@ -265,16 +271,15 @@ def slower(primitive: str, x: Tensor, *args: Any) -> str | None:
         return None
     if primitive in ("conv_forward", "conv_backward"):
         weight, groups = (args[0], args[5]) if primitive == "conv_forward" else (args[1], args[6])
-        if library.switched_off("cpu") or not _is_direct(x, weight, groups):
-            return conv_unavailable() or "csrc's convolution is for float32 in channels_last, ungrouped"
-        return None
+        return library.switched_off("cpu") or _not_direct(x, weight, groups)
     if library.supports(primitive, x, *args):
         return None
     if primitive == "conv_bn_act_forward":
         return "oneDNN's fused convolution is faster"
-    weight, geometry, groups = args[0], args[-5:-2], args[-2]
-    if not _is_direct(x, weight, groups):
-        return conv_unavailable() or "csrc's convolution is for float32 in channels_last, ungrouped"
+    weight, geometry = args[0], args[-5:-2]
+    reason = _not_direct(x, weight, args[-2])
+    if reason is not None:
+        return reason
     channels, inputs, *kernel = weight.shape
     if max(geometry[2]) > 1:
         return "oneDNN leaves out products with padding, of which dilated convolutions have many"

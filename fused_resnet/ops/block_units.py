@@ -116,7 +116,7 @@ def gram_folded(unit: Unit, state: State) -> tuple[Tensor, Tensor]:
     """(weight, shift) of the one convolution that the conv and its BN are; the shift in the accumulation type."""
     acc = accumulate_dtype(unit.weight.dtype)
     folded, _ = fold(unit.weight, None, unit.gamma, unit.beta, state.mean, state.var, unit.eps)
-    scale = _scale(unit, state.var.to(acc))
+    scale = bn_scale(unit, state.var.to(acc))
     if state.mu is None:
         shift = -scale * state.mean.to(acc)
     else:  # from the rounded weights, so that their rounding shifts no channel's mean
@@ -124,7 +124,7 @@ def gram_folded(unit: Unit, state: State) -> tuple[Tensor, Tensor]:
     return folded, shift if unit.beta is None else shift + unit.beta
 
 
-def _scale(unit: Unit, var: Tensor) -> Tensor:
+def bn_scale(unit: Unit, var: Tensor) -> Tensor:
     """gamma / sqrt(var + eps) in the type of `var`."""
     rstd = torch.rsqrt(var + unit.eps)
     return rstd if unit.gamma is None else rstd * unit.gamma.to(var.dtype)
@@ -146,7 +146,7 @@ def gram_gradients(q: Tensor, s1: Tensor, rows: int, unit: Unit, state: State) -
     acc = q.dtype
     weight = unit.weight.flatten(1).to(acc)
     mean, var = state.mean.to(acc), state.var.to(acc)
-    rstd, scale = torch.rsqrt(var + unit.eps), _scale(unit, var)
+    rstd, scale = torch.rsqrt(var + unit.eps), bn_scale(unit, var)
     s2 = rstd * ((q * weight).sum(1) - mean * s1)
     scaled = scale[:, None] * weight
     dweight = scale[:, None] * q

@@ -31,17 +31,19 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Te
     choice = dispatch.choose("conv_forward", x, weight, bias, *geometry, backend=conv_backend(dispatch.requested()))
     if choice.backend == "reference":
         return F.conv2d(x, weight, bias, *geometry)
-    return ConvFunction.apply(x, weight, bias, geometry, choice.backend)
+    return ConvFunction.apply(x, weight, bias, geometry, choice)
 
 
 class ConvFunction(torch.autograd.Function):
     """Saves x and the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, choice: dispatch.Choice
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.backend, ctx.buffers = geometry, backend, buffers.current()
-        return dispatch.call("conv_forward", x, weight, bias, *geometry, backend=backend)
+        ctx.geometry, ctx.backend, ctx.buffers = geometry, choice.backend, buffers.current()
+        return choice.function(x, weight, bias, *geometry)
 
     @staticmethod
     @once_differentiable

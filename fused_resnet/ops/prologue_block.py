@@ -30,6 +30,7 @@ from fused_resnet.ops.block_units import (
     Spec,
     State,
     Unit,
+    bn_scale,
     given_state,
     gram_folded,
     gram_gradients,
@@ -271,9 +272,7 @@ def _raw_gradient(g: Tensor, state: State, unit: Unit, sums: Any, backend: str) 
     """A (g - S1/M - xhat S2/M), the gradient of a unit's raw output from that of its BN, as a tensor."""
     y = state.y
     acc = accumulate_dtype(y.dtype)
-    scale = torch.rsqrt(state.var.to(acc) + unit.eps)
-    if unit.gamma is not None:
-        scale = scale * unit.gamma.to(acc)
+    scale = bn_scale(unit, state.var.to(acc))
     scaled = torch.mul(g, scale.view(1, -1, 1, 1), out=torch.empty_like(y))
     if sums is None:
         return scaled
