@@ -22,7 +22,7 @@ from urllib.request import url2pathname
 
 import torch
 
-from fused_resnet import __version__, dispatch
+from fused_resnet import __version__, dispatch, emulation
 from fused_resnet.backends import cpp
 from fused_resnet.plans import MEMORY
 
@@ -118,6 +118,7 @@ def environment() -> dict[str, Any]:
             "name": _cpu_name(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "emulates": [str(dtype)[6:] for dtype in emulation.DTYPES if emulation.emulates(dtype, "cpu")],
         },
         "gpus": _gpus(),
         "extension": {
@@ -186,6 +187,7 @@ def info(args: argparse.Namespace) -> int:
     lines += [
         ("package", found["package"]),
         ("cpu", f"{cpu['name']}, {cpu['threads']} threads, {cpu['capability']}"),
+        *(("", f"no instructions for {name}: its convolutions are computed in float32") for name in cpu["emulates"]),
         *(("gpu", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB") for gpu in found["gpus"]),
     ]
     if not found["gpus"]:

@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_resnet import emulation
+
 BACKENDS = ("reference", "library", "cpp", "triton")
 
 # op -> the primitives that make it up; a primitive's name starts with its op's.
@@ -95,7 +97,7 @@ class Choice(NamedTuple):
 
     `pack` is set where the backend wants BN folded into the weight, and packs such a weight for its convolution;
     `onto_residual` is then its conv_bias_act_forward that may write over the residual, `relu_pool` makes a stem's conv
-    with ReLU and max pool, where there is one.
+    with ReLU and max pool, of NCHW images too, where there is one.
     """
 
     backend: str
@@ -222,7 +224,8 @@ def _refusal(backend: str, primitive: str, x: Tensor, args: tuple) -> tuple[Call
 
 
 def choose(primitive: str, x: Tensor, *args: Any, backend: str | None = None) -> Choice:
-    """The backend that serves `primitive(x, *args)`.
+    """The backend that serves `primitive(x, *args)`. The automatic choice has 16-bit convolutions that this CPU could
+    only emulate computed in float32, see `fused_resnet.emulation`.
 
     Args:
         primitive: a function name of `fused_resnet.backends.reference`.
@@ -238,6 +241,12 @@ def choose(primitive: str, x: Tensor, *args: Any, backend: str | None = None) ->
         if function is None:
             raise BackendUnavailableError(f"backend {name!r} cannot serve {primitive} on {x.device.type}: {reason}")
         return _choice(name, primitive, function, x, args)
+    if primitive in emulation.PRIMITIVES and emulation.emulates(x.dtype, x.device.type):
+        return emulation.widened(_automatic(primitive, *map(emulation.stand_in, (x, *args))))
+    return _automatic(primitive, x, *args)
+
+
+def _automatic(primitive: str, x: Tensor, *args: Any) -> Choice:
     skipped: list[tuple[str, str]] = []
     for name in AUTOMATIC.get(x.device.type, {}).get(_OP_OF[primitive], _ELSEWHERE):
         function, reason = _refusal(name, primitive, x, args)
@@ -272,6 +281,11 @@ def _choice(
 def call(primitive: str, x: Tensor, *args: Any, backend: str | None = None) -> Any:
     """Run `primitive(x, *args)` on the backend that `choose` names."""
     return choose(primitive, x, *args, backend=backend).function(x, *args)
+
+
+def in_float32(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether convolutions of the dtype are computed in float32 here and rounded."""
+    return requested() == "auto" and emulation.emulates(dtype, device_type)
 
 
 def prefers_channels_last(x: Tensor) -> bool:

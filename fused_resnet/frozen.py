@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fused_resnet import dispatch, ops
+from fused_resnet import dispatch, emulation, ops
 from fused_resnet.buffers import Buffers
 from fused_resnet.export.plain import PlainModel, folded_copy
 from fused_resnet.folding import FOLDED
 from fused_resnet.fusion.match import Matcher
-from fused_resnet.modules import Call, folded_call, has_pairs
+from fused_resnet.modules import Call, Stem, folded_call, has_pairs
 from fused_resnet.ops.checks import autocast_dtype, is_channels_last, is_traced
 from fused_resnet.ops.conv_bias_act import check_conv, conv_layout
 
@@ -33,14 +33,17 @@ class FrozenConv(nn.Module):
         activation: "relu" or None.
         pooled: whether a network's max pool follows.
 
-    `overwrites`, False at first: nobody else reads the residual, so that the result may be written over it.
+    Set by `freeze`, False at first: `overwrites`: nobody else reads the residual, so that the result may be written
+    over it. `leaves_wide`: none but FrozenConvs read the result, so that it stays in float32 where 16-bit convolutions
+    are computed so; `reads_wide`: x may be such a result.
     """
 
     def __init__(self, conv: nn.Conv2d, activation: str | None = None, pooled: bool = False) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self.geometry = cast("Any", (conv.stride, conv.padding, conv.dilation, conv.groups))
-        self.activation, self.pooled, self.overwrites = activation, pooled, False
+        self.activation, self.pooled = activation, pooled
+        self.overwrites = self.reads_wide = self.leaves_wide = False
         self._packed: dict[Any, Call] = {}
         self._calls: dict[Any, Call] = {}
 
@@ -69,22 +72,30 @@ class FrozenConv(nn.Module):
             return F.max_pool2d(y, 3, 2, 1) if self.pooled else y
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a frozen model has no gradients: call it under torch.no_grad(), or keep the model")
-        dtype = autocast_dtype(x)
-        if dtype is not None:
-            x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+        cast = autocast_dtype(x)
+        dtype = cast or (self.weight.dtype if self.reads_wide else x.dtype)
+        in_float32 = dispatch.in_float32(dtype, x.device.type) and (cast is not None or dtype == self.weight.dtype)
+        if cast is not None or in_float32:
+            computed = torch.float32 if in_float32 else dtype
+            x, residual = x.to(computed), None if residual is None else residual.to(computed)
         key = (x.shape, x.dtype, x.device, dispatch.requested(), torch._C._get_mkldnn_enabled())
-        call = self._calls.get(key)
-        if call is None or not is_channels_last(x):
-            check_conv("FrozenConv", x, self.weight, self.bias, *self.geometry)
+        planes = self.pooled and x.is_contiguous()
+        call = self._calls.get((*key, planes)) if planes or is_channels_last(x) else None
+        if call is None:
+            weight, bias = map(emulation.wide, (self.weight, self.bias)) if in_float32 else (self.weight, self.bias)
+            check_conv("FrozenConv", x, weight, bias, *self.geometry)
             if dispatch.prefers_channels_last(x):
                 x = x.contiguous(memory_format=torch.channels_last)
-            x, residual = conv_layout(x, self.weight, residual)
+            x, residual = conv_layout(x, weight, residual)
             call = self._prepare(x)
-            if is_channels_last(x):
+            planes = planes and isinstance(call, Stem)
+            if planes or is_channels_last(x):
                 if len(self._calls) >= _KEPT:
                     self._calls = {}
-                self._calls[key] = call
-        return call(x, residual, self.overwrites)
+                kept = (*key, planes)
+                self._calls[kept] = call
+        out = call(x, residual, self.overwrites)
+        return out if self.leaves_wide or not in_float32 else out.to(dtype)
 
     def _prepare(self, x: Tensor) -> Call:
         weight = self.weight.to(x.dtype)
@@ -171,9 +182,13 @@ def _fuse(frozen: fx.GraphModule) -> list[tuple[str, str]]:
         parts += ("max pool",) if module.pooled else ()
         found.append((target, " + ".join(parts)))
     matcher = Matcher(frozen, frozen.graph, fresh=(FrozenConv,))
-    for node in renamed.values():
+    convs = set(renamed.values())
+    for node in convs:
         module = cast(FrozenConv, matcher.module(node))
         module.overwrites = len(node.args) == 2 and matcher.is_last_reader(node, cast(fx.Node, node.args[1]))
+        module.leaves_wide = all(user in convs for user in node.users)
+        for user in node.users if module.leaves_wide else ():
+            cast(FrozenConv, matcher.module(user)).reads_wide = True
     frozen.graph.lint()
     frozen.delete_all_unused_submodules()
     frozen.recompile()

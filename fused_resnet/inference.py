@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import dispatch, folding
+from fused_resnet import dispatch, emulation, folding
 from fused_resnet.modules import HOOKS, Call, call_reason
 from fused_resnet.ops.checks import is_autocast, is_channels_last
 
@@ -76,13 +76,18 @@ class InferencePlan(NamedTuple):
 
     def run(self, x: Tensor, overwrite: bool) -> Tensor:
         """The block's output; with `overwrite` it may be written over x."""
+        dtype = x.dtype
+        in_float32 = dispatch.in_float32(dtype, x.device.type)
+        if in_float32:  # which all calls then keep
+            x, overwrite = emulation.wide(x), True
         shortcut = x
         if self.projection is not None:
             shortcut, overwrite = self.projection(x, None, False), True
         *first, last = self.calls
         for call in first:
             x = call(x, None, False)
-        return last(x, shortcut, overwrite)
+        x = last(x, shortcut, overwrite)
+        return emulation.narrow(x, dtype) if in_float32 else x
 
 
 class PlanCache:

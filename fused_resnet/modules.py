@@ -23,6 +23,7 @@ from fused_resnet.ops.checks import (
     is_traced,
     needs_grad,
 )
+from fused_resnet.ops.conv import conv2d
 from fused_resnet.ops.conv_bias_act import conv_layout
 from fused_resnet.sync_batchnorm import SyncBatchNorm
 
@@ -106,6 +107,13 @@ def has_pairs(conv: nn.Conv2d) -> bool:
     return type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple
 
 
+def conv_of(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """What an nn.Conv2d makes of x with that weight."""
+    if not has_pairs(conv):
+        return conv._conv_forward(x, weight, conv.bias)
+    return conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
 class FusedModule(nn.Module):
     """Base of the modules that run conv, BN, residual and activation fused.
 
@@ -183,8 +191,8 @@ class FusedModule(nn.Module):
         if residual is not None and self._adds_in_place:
             residual = residual.to(autocast_dtype(x) or residual.dtype)
         if training and isinstance(bn, SyncBatchNorm) and bn.merges():
-            y = conv._conv_forward(x, weight, conv.bias)
-            return bn.bn_act(y, *batchnorm.affine(bn, scale), residual, activation)
+            out = conv_of(conv, x, weight)
+            return bn.bn_act(out, *batchnorm.affine(bn, scale), residual, activation)
         inference = not training and not needs_grad(x, conv.weight, conv.bias, bn.weight, bn.bias, residual, scale)
         if inference and not is_traced(x):
             y = self._infer(name, x, conv, bn, activation, residual, scale, overwrite, calls)
@@ -292,6 +300,16 @@ class FusedModule(nn.Module):
         return call(x, residual, overwrite)
 
 
+class Stem:
+    """A call of a `Choice.relu_pool`: x may be NCHW as well as channels_last."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        self._run = run
+
+    def __call__(self, x: Tensor, residual: Tensor | None, overwrite: bool) -> Tensor:
+        return self._run(x)
+
+
 def folded_call(
     choice: dispatch.Choice,
     x: Tensor,
@@ -309,7 +327,7 @@ def folded_call(
         make = choice.relu_pool if channels_last and activation == "relu" else None
         at_once = None if make is None else make(x, weight, bias, *geometry)
         if at_once is not None:
-            return lambda x, residual, overwrite: at_once(x)
+            return Stem(at_once)
         conv = folded_call(choice, x, weight, bias, geometry, activation)
         return lambda x, residual, overwrite: F.max_pool2d(conv(x, residual, overwrite), 3, 2, 1)
     if choice.pack is not None and channels_last:

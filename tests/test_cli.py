@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import cli, dispatch, use_plan
+from fused_resnet import cli, dispatch, emulation, use_plan
 from fused_resnet.backends import cpp, library
 from fused_resnet.blocks import training_plans
 
@@ -76,6 +76,14 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert not result.err
     for word in (fused_resnet.__version__, torch.__version__, "threads", "extension", "bn_act", "live"):
         assert word in result.out
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_info_says_what_is_computed_in_float32(native: bool, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(emulation, "_has_instructions", lambda dtype: native or dtype == torch.float16)
+    lines = [line.strip() for line in Result(capsys, "info").out.splitlines()]
+    said = [line for line in lines if line.endswith("its convolutions are computed in float32")]
+    assert said == ([] if native else ["no instructions for bfloat16: its convolutions are computed in float32"])
 
 
 def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:

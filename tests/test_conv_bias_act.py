@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_resnet as fr
-from fused_resnet import dispatch
+from fused_resnet import dispatch, emulation
 from fused_resnet.backends import cpp
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -246,8 +246,9 @@ def test_autocast(backend: str, activation: str | None, x_dtype: Any, residual_d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_choices_agree(dtype: torch.dtype) -> None:
+def test_choices_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The automatic choice is one of the backends, and says why it is not an earlier one."""
+    monkeypatch.setattr(emulation, "_has_instructions", lambda dtype: True)
     conv = CONVS["3x3"]
     x, weight = make(conv, dtype)["x"], make(conv, dtype)["weight"]
     args = (weight, None, None, *conv[7:], "relu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_resnet import dispatch
+from fused_resnet import dispatch, emulation
 from fused_resnet.backends import cpp, library
 
 reason = cpp.conv_unavailable()
@@ -129,16 +130,16 @@ POOLED = {
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", POOLED.values(), ids=POOLED)
 def test_pooled(shape: Any, biased: bool) -> None:
-    """Bit for bit the conv's own output, pooled; NaN and all."""
+    """Bit for bit the conv's own output, pooled; NaN and all; of NCHW images too."""
     n, c, size, k, kernel, *geometry = shape
     x, weight, bias = channels_last(n, c, *size), torch.randn(k, c, *kernel), torch.randn(k) if biased else None
     x[0, 0, 0, -1] = torch.nan
     expected = F.max_pool2d(conv(x, weight, bias, None, *geometry, "relu"), 3, 2, 1)
     make = cpp.relu_pool(x, weight, bias, *geometry, 1)
     assert make is not None
-    for count in (1, 2):
+    for count, images in itertools.product((1, 2), (x, x.contiguous())):
         with threads(count):
-            y = make(x)
+            y = make(images)
         assert y.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     assert expected.isnan().any()
@@ -282,7 +283,8 @@ def test_wrong_operands_are_refused() -> None:
     ],
     ids=["served", "batch", "channels", "groups", "layout", "dtype"],
 )
-def test_the_automatic_choice(x: Tensor, k: int, groups: int, why: str | None) -> None:
+def test_the_automatic_choice(x: Tensor, k: int, groups: int, why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulation, "_has_instructions", lambda dtype: True)
     weight = torch.randn(k, x.shape[1] // groups, 3, 3, dtype=x.dtype)
     geometry = ((1, 1), (1, 1), (1, 1), groups)
     if library.supports("conv_bias_act_forward", x, weight, *geometry, "relu") is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fused_resnet as fr
-from fused_resnet import dispatch
+from fused_resnet import dispatch, emulation
 from fused_resnet.backends import cpp, reference
 from fused_resnet.ops import residual_block as rb
 from fused_resnet.ops.conv import conv2d
@@ -325,7 +325,8 @@ def test_other_backends_leave_it_to_torch(backend: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["autocast", "float64", "contiguous", "mkldnn off"])
-def test_what_csrc_does_not_serve_is_torchs(what: str) -> None:
+def test_what_csrc_does_not_serve_is_torchs(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulation, "_has_instructions", lambda dtype: True)
     x, weight = channels_last(1, 32, 6, 6).requires_grad_(), torch.randn(32, 32, 1, 1)
     if what == "float64":
         x, weight = x.double(), weight.double()

@@ -19,6 +19,7 @@ struct Conv {
   int64_t pixel = 0;               // from one pixel to the next of what tiles read: x, or its copy with margins
   int64_t step_h = 1, step_w = 1;  // from one pixel of x to the next that is copied
   int64_t line = 0, image = 0;     // floats of a row and of an image of x
+  int64_t plane = 0;               // floats from a channel to the next of an x in NCHW, whose copy is NHWC; 0: x is NHWC
   int64_t last_w = 0;              // width of the last row, if it is another
 
   bool pointwise() const { return r == 1 && s == 1 && !pad_h && !pad_w; }
@@ -52,7 +53,8 @@ Conv planned(Conv conv) {
       conv.h = conv.out_h, conv.w = conv.out_w;
     }
   }
-  conv.copied = crowd || conv.pad_h || conv.pad_w;
+  if (conv.plane) conv.line = conv.w;
+  conv.copied = crowd || conv.pad_h || conv.pad_w || conv.plane;
   conv.pixel = crowd && conv.copied ? conv.c + 16 : conv.c;
   return conv;
 }
@@ -88,7 +90,11 @@ void copy_rows(const Conv& conv, const float* image, int64_t first, int64_t coun
     const float* from = image + y * conv.step_h * conv.line;
     const int64_t width = conv.last_w && y == conv.h - 1 ? conv.last_w : conv.w;
     std::memset(to, 0, margin * sizeof(float));
-    if (conv.pixel == conv.c) {
+    if (conv.plane) {
+      for (int64_t c = 0; c < conv.c; ++c) {
+        for (int64_t x = 0; x < width; ++x) to[margin + x * conv.pixel + c] = from[c * conv.plane + x];
+      }
+    } else if (conv.pixel == conv.c) {
       std::memcpy(to + margin, from, width * conv.c * sizeof(float));
     } else {
       for (int64_t x = 0; x < width; ++x) {
@@ -259,7 +265,8 @@ void convolve(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
               const Tensor& out, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
               int64_t dilation_w, bool relu, bool pool) {
   STD_TORCH_CHECK(conv_available(), "this CPU has no AVX-512");
-  check_nhwc(x, "x");
+  const bool planes = pool && x.dim() == 4 && x.scalar_type() == ScalarType::Float && x.is_contiguous();
+  if (!planes) check_nhwc(x, "x");
   check_nhwc(out, "out");
   const int64_t dims = packed.dim();
   const bool by_winograd = dims == 6;
@@ -285,6 +292,7 @@ void convolve(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
   const Operands op{read<float>(x),    read<float>(packed), shift, residual ? read<float>(*residual) : nullptr,
                     write<float>(out), relu};
   if (by_winograd) return winograd(x, packed, out, pad_h, pad_w, op);
+  if (planes) conv.plane = conv.h * conv.w;
   conv = planned(conv);
   pool ? run_pooled(conv, op) : run(conv, op);
 }
@@ -296,7 +304,7 @@ void conv_bias_act(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   convolve(x, packed, bias, residual, out, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, relu, false);
 }
 
-// Of relu(conv(x) + bias) the largest values in windows of 3x3 with stride 2 and padding 1, into `out`.
+// Of relu(conv(x) + bias) the largest values in windows of 3x3 with stride 2 and padding 1, into `out`. x may be NCHW too.
 void conv_relu_pool(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const Tensor& out, int64_t stride_h,
                     int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w) {
   convolve(x, packed, bias, {}, out, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, true, true);

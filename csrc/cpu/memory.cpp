@@ -1,98 +1,173 @@
 #include "memory.h"
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
+#include <algorithm>
+#include <iterator>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace fused_resnet {
 namespace {
 
 struct Block {
-  void* data;
-  int64_t bytes, pass;  // pass: in which it was last taken
+  char* data;
+  int64_t bytes;
 };
 
-// Blocks that no tensor uses. Blocks in use are their tensors' own: they outlive a pool that is dropped.
+constexpr int64_t kPage = 4096;
+
+// A range of addresses from which blocks are cut, the lowest that fits first. What one block leaves serves others of any size,
+// so that few more pages are ever in use than tensors need at once.
+class Slab {
+ public:
+  explicit Slab(int64_t bytes) : bytes_(bytes), free_{{0, bytes}} {
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    data_ = data == MAP_FAILED ? nullptr : static_cast<char*>(data);
+  }
+  ~Slab() {
+    if (data_) munmap(data_, bytes_);
+  }
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+
+  bool there() const { return data_; }
+  bool empty() const {  // neither used nor kept
+    return std::all_of(pages_.begin(), pages_.end(), [](int64_t pass) { return pass == kNone; });
+  }
+  bool has(const char* data) const { return data >= data_ && data < data_ + bytes_; }
+
+  char* take(int64_t bytes, int64_t pass) {
+    const auto fits = [=](const auto& range) { return range.second >= bytes; };
+    const auto range = std::find_if(free_.begin(), free_.end(), fits);
+    if (range == free_.end()) return nullptr;
+    const auto [at, size] = *range;
+    free_.erase(range);
+    if (size > bytes) free_.emplace(at + bytes, size - bytes);
+    const size_t end = (at + bytes) / kPage;
+    if (pages_.size() < end) pages_.resize(end, kNone);
+    std::fill(pages_.begin() + at / kPage, pages_.begin() + end, pass);
+    return data_ + at;
+  }
+
+  void give(const Block& block) {
+    int64_t at = block.data - data_, end = at + block.bytes;
+    auto next = free_.lower_bound(at);
+    if (next != free_.end() && next->first == end) end += next->second, next = free_.erase(next);
+    if (next != free_.begin()) {
+      const auto before = std::prev(next);
+      if (before->first + before->second == at) at = before->first, free_.erase(before);
+    }
+    free_.emplace(at, end - at);
+  }
+
+  // Gives pages that no tensor uses, and none has used from pass `least` on, back to the system.
+  void release(int64_t least) {
+    runs([=](int64_t pass) { return pass != kNone && pass < least; }, [this](int64_t at, int64_t bytes) {
+      madvise(data_ + at, bytes, MADV_DONTNEED);
+      std::fill_n(pages_.begin() + at / kPage, bytes / kPage, kNone);
+    });
+  }
+
+  void kept(std::vector<int64_t>& sizes) {
+    runs([](int64_t pass) { return pass != kNone; }, [&](int64_t, int64_t bytes) { sizes.push_back(bytes); });
+  }
+
+ private:
+  static constexpr int64_t kNone = -1;
+
+  // Calls found(from where, how many bytes) for each run of free pages whose last pass is such.
+  template <typename Such, typename Found>
+  void runs(const Such& such, const Found& found) {
+    for (const auto& [first, size] : free_) {
+      const int64_t last = std::min<int64_t>((first + size) / kPage, pages_.size());
+      for (int64_t page = first / kPage; page < last; ++page) {
+        const int64_t begin = page;
+        while (page < last && such(pages_[page])) ++page;
+        if (page > begin) found(begin * kPage, (page - begin) * kPage);
+      }
+    }
+  }
+
+  char* data_;
+  int64_t bytes_;
+  std::map<int64_t, int64_t> free_;  // from where, how many bytes
+  std::vector<int64_t> pages_;       // the pass in which a tensor last took each; kNone: the system has it
+};
+
+// What is kept between passes. Blocks in use are their tensors' own: they outlive a pool that is dropped.
 class Pool {
  public:
   explicit Pool(int64_t least) : least_(least) {}
-  ~Pool() { drop(); }
 
   bool serves(int64_t bytes) const { return bytes > 0 && bytes >= least_; }
 
   Block take(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    size_t best = free_.size();
-    for (size_t i = 0; i < free_.size(); ++i) {  // at most a quarter is wasted
-      const bool fits = free_[i].bytes >= bytes && free_[i].bytes <= bytes + bytes / 4;
-      if (fits && (best == free_.size() || free_[i].bytes < free_[best].bytes)) best = i;
+    constexpr int64_t kSlab = int64_t(1) << 30;  // addresses cost nothing until they are written to
+    bytes = ceil_div(bytes, kPage) * kPage;
+    for (const auto& slab : slabs_) {
+      if (char* data = slab->take(bytes, passes_)) return {data, bytes};
     }
-    if (best < free_.size()) {
-      const Block found = free_[best];
-      free_.erase(free_.begin() + best);
-      return {found.data, found.bytes, passes_};
+    auto slab = std::make_unique<Slab>(std::max(bytes, kSlab));
+    if (!slab->there()) slab = std::make_unique<Slab>(bytes);
+    if (!slab->there()) {
+      release(passes_ + 1);
+      slab = std::make_unique<Slab>(bytes);
     }
-    constexpr int64_t kPage = 4096;
-    const int64_t whole = ceil_div(bytes, kPage) * kPage;
-    void* data = std::aligned_alloc(kPage, whole);
-    if (!data) {
-      release();
-      data = std::aligned_alloc(kPage, whole);
-    }
-    if (!data) throw std::bad_alloc();
-    return {data, whole, passes_};
+    if (!slab->there()) throw std::bad_alloc();
+    char* data = slab->take(bytes, passes_);
+    slabs_.push_back(std::move(slab));
+    return {data, bytes};
   }
 
   void give(const Block& block) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (dropped_) std::free(block.data);
-    else free_.push_back(block);
+    for (const auto& slab : slabs_) {
+      if (slab->has(block.data)) slab->give(block);
+    }
+    if (dropped_) release(passes_ + 1);
   }
 
   // What two passes did not take goes back to the system.
   void end_pass() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    ++passes_;
-    release([this](const Block& block) { return block.pass < passes_ - 2; });
+    release(++passes_ - 2);
   }
 
   void clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    release();
+    release(passes_ + 1);
   }
 
   void drop() {
     const std::lock_guard<std::mutex> lock(mutex_);
     dropped_ = true;
-    release();
+    release(passes_ + 1);
   }
 
   std::vector<int64_t> kept() {
     const std::lock_guard<std::mutex> lock(mutex_);
     std::vector<int64_t> sizes;
-    for (const Block& block : free_) sizes.push_back(block.bytes);
+    for (const auto& slab : slabs_) slab->kept(sizes);
     return sizes;
   }
 
  private:
-  template <typename F>
-  void release(const F& which) {
-    size_t left = 0;
-    for (const Block& block : free_) {
-      if (which(block)) std::free(block.data);
-      else free_[left++] = block;
-    }
-    free_.resize(left);
+  void release(int64_t least) {
+    for (auto& slab : slabs_) slab->release(least);
+    const auto gone = [](const auto& slab) { return slab->empty(); };
+    slabs_.erase(std::remove_if(slabs_.begin(), slabs_.end(), gone), slabs_.end());
   }
-  void release() { release([](const Block&) { return true; }); }
 
   std::mutex mutex_;
-  std::vector<Block> free_;
+  std::vector<std::unique_ptr<Slab>> slabs_;
   int64_t least_, passes_ = 0;
   bool dropped_ = false;
 };

@@ -498,14 +498,23 @@ def bn_bn_act_backward(
 
 
 def second_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    ours = rows.is_cuda or (rows.dtype == torch.float32 and rows.shape[1] % 32 == 0 and conv_unavailable() is None)
-    return _ops.second_moments.default(rows.contiguous()) if rows.numel() and ours else reference.second_moments(rows)
+    wide = rows if rows.is_cuda else rows.to(accumulate_dtype(rows.dtype))
+    ours = rows.is_cuda or (wide.dtype == torch.float32 and rows.shape[1] % 32 == 0 and conv_unavailable() is None)
+    return _ops.second_moments.default(wide.contiguous()) if rows.numel() and ours else reference.second_moments(wide)
 
 
 def masked_sums(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    if out.dtype != torch.float32 or not is_channels_last(out):
-        return reference.masked_sums(grad, out)
-    return _ops.masked_sums.default(grad, out)
+    if out.dtype == torch.float32 and is_channels_last(out):
+        return _ops.masked_sums.default(grad, out)
+    g = add_relu_backward(grad, out)
+    return g, g.sum((0, 2, 3), dtype=accumulate_dtype(g.dtype))
+
+
+def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype); images in channels_last take memory from the network's pool, if there is one."""
+    if x.dtype == dtype or not is_channels_last(x) or x.dim() != 4 or _load() is not None:
+        return x.to(dtype)
+    return _ops.new_images.default(torch.empty(0, dtype=dtype), *x.shape).copy_(x)
 
 
 def _like(residual: Tensor, y: Tensor) -> Tensor:
@@ -695,8 +704,8 @@ def relu_pool(
     dilation: tuple[int, int],
     groups: int,
 ) -> Callable[[Tensor], Tensor] | None:
-    """max_pool2d(relu(conv(x) + bias), 3, 2, 1) in one pass, as a function of tensors like x, the weight packed once;
-    None where there is none."""
+    """max_pool2d(relu(conv(x) + bias), 3, 2, 1) in one pass, as a function of tensors like x, in NCHW or channels_last,
+    the weight packed once; None where there is none."""
     channels, _, *kernel = weight.shape
     if kernel == [1, 1] or not _is_direct(x, weight, groups):
         return None

@@ -25,9 +25,11 @@ from fused_resnet.modules import (
     as_leaf,
     call_part,
     call_reason,
+    conv_of,
     has_pairs,
     unfused_reason,
 )
+from fused_resnet.ops.checks import needs_grad
 
 
 class _PreActModule(FusedModule):
@@ -89,12 +91,14 @@ class _PreActBlock(_PreActModule):
             a = self._conv_bn_act(name, a, *unit, weight=weights.get(name))
         return self._last(a, convs[last], shortcut, weights.get(last))
 
-    @staticmethod
-    def _alone(a: Tensor, conv: nn.Module, weight: Tensor | None) -> Tensor:
+    def _alone(self, a: Tensor, conv: nn.Module, weight: Tensor | None) -> Tensor:
         """conv(a), by the weight that `_autocast_weights` made where that is the same."""
-        if weight is not None and unfused_reason(conv, None, None) is None:
-            return cast(nn.Conv2d, conv)._conv_forward(a, weight, cast(nn.Conv2d, conv).bias)
-        return call_part(conv, a)
+        if not self._fused or isinstance(a, Proxy) or unfused_reason(conv, None, None) is not None:
+            return call_part(conv, a)
+        conv = cast(nn.Conv2d, conv)
+        if not needs_grad(a, conv.weight):
+            return conv(a)
+        return conv_of(conv, a, conv.weight if weight is None else weight)
 
     def _last(self, a: Tensor, conv: nn.Conv2d, shortcut: Tensor, weight: Tensor | None) -> Tensor:
         """scale * conv(a) + shortcut; `weight` as in `_alone`."""

@@ -24,14 +24,21 @@ def conv_backend(requested: str) -> str:
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     """torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups), all of them pairs.
 
-    Differentiable once where csrc's kernels run it: float32 in channels_last on a CPU with AVX-512.
+    Differentiable once where csrc's kernels run it: float32 in channels_last on a CPU with AVX-512; and where 16 bits
+    are computed in float32.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or is_traced(x) or autocast_dtype(x) is not None:
+    cast = autocast_dtype(x)
+    dtype = cast or x.dtype
+    emulated = dispatch.in_float32(dtype, x.device.type)
+    if x.device.type != "cpu" or not (emulated or dtype == torch.float32) or is_traced(x):
         return F.conv2d(x, weight, bias, *geometry)
-    choice = dispatch.choose("conv_forward", x, weight, bias, *geometry, backend=conv_backend(dispatch.requested()))
-    if choice.backend == "reference":
+    if cast is not None:
+        x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
+    backend = conv_backend(dispatch.requested())
+    choice = dispatch.choose("conv_forward", x, weight, bias, *geometry, backend=backend)
+    if choice.backend == "reference" and not emulated:
         return F.conv2d(x, weight, bias, *geometry)
-    return ConvFunction.apply(x, weight, bias, geometry, choice)
+    return ConvFunction.apply(x, weight, bias, geometry, choice, backend)
 
 
 class ConvFunction(torch.autograd.Function):
@@ -39,10 +46,10 @@ class ConvFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, choice: dispatch.Choice
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, choice: Any, backend: str
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.backend, ctx.buffers = geometry, choice.backend, buffers.current()
+        ctx.geometry, ctx.backend, ctx.buffers = geometry, backend, buffers.current()
         return choice.function(x, weight, bias, *geometry)
 
     @staticmethod
@@ -57,4 +64,4 @@ class ConvFunction(torch.autograd.Function):
             )
         if grad_weight is not None:
             grad_weight = as_gradient(grad_weight, weight)
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if needs_bias else None, None, None
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if needs_bias else None, None, None, None

@@ -22,6 +22,7 @@ from fused_resnet.ops.checks import (
     pair,
     suggests_channels_last,
 )
+from fused_resnet.ops.conv import conv2d
 
 
 def conv_bias_act(
@@ -64,7 +65,7 @@ def conv_bias_act(
         check_input("conv_bias_act", "residual", residual, like=x, any_dtype=dtype is not None)
         check_shape("conv_bias_act", "residual", residual, out_shape)
     if needs_grad(x, weight, bias, residual) or (residual is not None and dtype not in (None, residual.dtype)):
-        y = F.conv2d(x, weight, bias, *conv)
+        y = conv2d(x, weight, bias, *conv)
         if residual is None:
             return F.relu(y, inplace=True) if activation == "relu" else y
         return add_relu(y, residual) if activation == "relu" else y + residual

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_resnet import buffers, dispatch, foreach
+from fused_resnet import buffers, dispatch, emulation, foreach
 from fused_resnet.folding import accumulate_dtype
 from fused_resnet.ops import prologue_block
 from fused_resnet.ops.block_units import (
@@ -132,20 +132,25 @@ def _gram_forward(
     return dispatch.call("conv_bias_act_forward", a, *args, backend=backend), state
 
 
-def _by_convs(g: Tensor) -> bool:
+def _by_convs(g: Tensor, backend: str) -> bool:
     """Whether convolutions, rather than matrix products, are what the products of the Gram form are fastest by."""
-    return g.device.type == "cpu" and g.dtype == torch.float32
+    if g.device.type != "cpu":
+        return False
+    return g.dtype == torch.float32 or (conv_backend(backend) == "auto" and emulation.emulates(g.dtype, "cpu"))
 
 
 def _gram_backward(
     g: Tensor, s1: Tensor | None, a: Tensor, unit: Unit, state: State, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(da, dW, dgamma, dbeta) of bn(conv(a)) in Gram form; s1: the sums of g, where they are known."""
-    by_convs = _by_convs(g)
+    by_convs = _by_convs(g, backend)
+    dtype = a.dtype
+    if by_convs:
+        g, a = emulation.wide(g), emulation.wide(a)
     g_rows, a_rows = _rows(g), _rows(a)
     if by_convs:
-        options = (None, *_POINTWISE, False, True)
-        q = dispatch.call("conv_backward", g, a, unit.weight, *options, backend=conv_backend(backend))[1].flatten(1)
+        args = (emulation.wide(unit.weight), None, *_POINTWISE, False, True)
+        q = dispatch.call("conv_backward", g, a, *args, backend=conv_backend(backend))[1].flatten(1)
         s1 = g_rows.sum(0) if s1 is None else s1
     else:
         q, s1 = _products(g_rows, a_rows, accumulate_dtype(a.dtype))
@@ -159,7 +164,7 @@ def _gram_backward(
         da = _pointwise(g, scaled, None, da, backend)
     else:
         da = _images(g_rows @ scaled if da is None else da.addmm_(g_rows, scaled), a)
-    return da, found.weight, found.gamma, found.beta
+    return da.to(dtype), found.weight, found.gamma, found.beta
 
 
 _POINTWISE = ((1, 1), (0, 0), (1, 1), 1)
@@ -292,7 +297,7 @@ def _backward(
     da: Tensor | None
     s1 = None
     if spec.plan.gram:
-        if _by_convs(grad):
+        if _by_convs(grad, spec.backend):
             g, s1 = dispatch.call("masked_sums", grad, out, backend=conv_backend(spec.backend))
         else:
             g = dispatch.call("add_relu_backward", grad, out, backend=spec.backend)
