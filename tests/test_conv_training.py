@@ -248,10 +248,38 @@ CONVS = {  # n, c, size, k, kernel, stride, padding, dilation, groups
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", CONVS.values(), ids=CONVS)
 def test_primitives(shape: Any, layout: torch.memory_format, dtype: torch.dtype) -> None:
+    assert_primitives(shape, layout, layout, dtype)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", CONVS.values(), ids=CONVS)
+def test_few_pixels(shape: Any, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By matrix products, the weight in either layout."""
+    monkeypatch.setattr(cpp, "_PACKED_AT_EACH_CALL", 1 << 30)
+    monkeypatch.setattr(cpp, "_FEW_PIXELS", 0)
+    refused = lambda *_: pytest.fail("torch's own convolution was called")  # noqa: E731
+    with monkeypatch.context() as patch:
+        if shape[-1] == 1:
+            patch.setattr(cpp.reference, "conv_backward", refused)
+        x, weight = channels_last(*shape[:2], *shape[2]), torch.randn(shape[3], shape[1] // shape[-1], *shape[4])
+        weight = weight.contiguous(memory_format=layout)
+        y = cpp.conv_forward(x, weight, None, *shape[5:])
+        _, dw = cpp.conv_backward(
+            y.contiguous(memory_format=torch.channels_last), x, weight, None, *shape[5:], True, True
+        )
+    assert dw is not None
+    if shape[-1] == 1:
+        assert dw.is_contiguous(memory_format=layout)
+    assert_primitives(shape, torch.channels_last, layout, torch.float32)
+
+
+def assert_primitives(
+    shape: Any, layout: torch.memory_format, weight_layout: torch.memory_format, dtype: torch.dtype
+) -> None:
     """Output and gradients, with what a gradient is added to, and each alone."""
     n, c, size, k, kernel, *geometry, groups = shape
     x = torch.randn(n, c, *size, dtype=dtype).contiguous(memory_format=layout)
-    weight = torch.randn(k, c // groups, *kernel, dtype=dtype).contiguous(memory_format=layout)
+    weight = torch.randn(k, c // groups, *kernel, dtype=dtype).contiguous(memory_format=weight_layout)
     bias = torch.randn(k, dtype=dtype)
     y = cpp.conv_forward(x, weight, bias, *geometry, groups)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), *geometry, groups)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_resnet.backends import cutlass, library, reference, selfcheck
+from fused_resnet.backends import cutlass, library, products, reference, selfcheck
 from fused_resnet.folding import accumulate_dtype, update_running_stats
 from fused_resnet.ops.checks import conv_extent, conv_output_shape, is_channels_last
 
@@ -79,6 +79,7 @@ _PANEL, _WIDE_PANEL = 32, 64  # output channels that csrc's convolution takes at
 _POOL = ((3, 3), (2, 2), (1, 1), (1, 1))  # the stem's max pool: kernel, stride, padding, dilation
 _KEPT = 6  # arguments of a choice for weights that are packed once: (weight, *geometry, activation)
 _PACKED_AT_EACH_CALL = 512  # output pixels from which packing a weight costs less than it gains
+_FEW_PIXELS = 4  # output channels per output pixel from which an input's gradient is best by a product
 _DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -533,8 +534,13 @@ def conv_forward(
 ) -> Tensor:
     geometry = (stride, padding, dilation)
     n, _, height, width = conv_output_shape(x, weight, *geometry)
-    if _is_direct(x, weight, groups) and _pays(weight, n * height * width, *geometry, tuple(x.shape)):
-        return _direct(x, weight, bias, None, None, *geometry, None)
+    pixels = n * height * width
+    if _is_direct(x, weight, groups):
+        if _pays(weight, pixels, *geometry, tuple(x.shape)):
+            return _direct(x, weight, bias, None, None, *geometry, None)
+        if pixels < _PACKED_AT_EACH_CALL and _is_pointwise(weight, padding):
+            rows = products.rows_of(x, stride) @ weight.flatten(1).t()
+            return products.images_of(rows if bias is None else rows.add_(bias), n, height, width)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -575,10 +581,16 @@ def _input_gradient(
     dilation: tuple[int, int],
 ) -> Tensor | None:
     """Added to `onto`, where a convolution of csrc's is the faster way to it; else None."""
-    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
-    kernel = weight.shape[2:]
+    n, _, height, width = grad.shape
+    pixels, kernel = n * height * width, weight.shape[2:]
     if onto is not None and not is_channels_last(onto):
         return None
+    if pixels < _PACKED_AT_EACH_CALL and _is_pointwise(weight, padding):
+        out = products.images_of(products.rows_of(grad) @ weight.flatten(1), n, height, width)
+        return _onto(onto, out, x, stride)
+    if _FEW_PIXELS * pixels <= weight.shape[0]:
+        out = products.input_gradient(grad, x, weight, stride, padding, dilation)
+        return out if onto is None else onto.add_(out)
     if stride != (1, 1) and (max(kernel) > 1 or padding != (0, 0) or onto is None):
         return None
     margins = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
@@ -589,10 +601,21 @@ def _input_gradient(
     size = x.shape[2:] if stride == (1, 1) else grad.shape[2:]
     out = _ops.new_images.default(x, x.shape[0], x.shape[1], *size) if dense is None else dense
     _ops.conv_bias_act.default(grad, packed, None, dense, out, 1, 1, *margins, 1, 1, False)
-    if stride == (1, 1) or onto is None:
-        return out
+    return out if stride == (1, 1) else _onto(onto, out, x, stride)
+
+
+def _onto(onto: Tensor | None, out: Tensor, x: Tensor, stride: tuple[int, int]) -> Tensor:
+    """`out`, the gradient of every `stride`-th pixel of x, added to `onto` or to zeros."""
+    if onto is None:
+        if stride == (1, 1):
+            return out
+        onto = torch.zeros_like(x)
     onto[:, :, :: stride[0], :: stride[1]] += out
     return onto
+
+
+def _is_pointwise(weight: Tensor, padding: tuple[int, int]) -> bool:
+    return weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0)
 
 
 _LEAST_CHANNELS = 256  # for a matrix product to be as good as oneDNN's gradient of a 1x1 conv's weight
@@ -608,13 +631,11 @@ def _weight_gradient(
 ) -> Tensor | None:
     """Where there is a faster way to it than oneDNN's; else None."""
     k, c, *kernel = weight.shape
-    if grad.shape[0] * grad.shape[2] * grad.shape[3] < _PACKED_AT_EACH_CALL:
-        return None
-    if kernel == [1, 1] and padding == (0, 0) and min(k, c) >= _LEAST_CHANNELS:
-        if stride != (1, 1):
-            x = x[:, :, :: stride[0], :: stride[1]]
-        rows = x.permute(0, 2, 3, 1).reshape(-1, c)
-        return (grad.permute(0, 2, 3, 1).reshape(-1, k).t() @ rows).view(k, c, 1, 1)
+    few = grad.shape[0] * grad.shape[2] * grad.shape[3] < _PACKED_AT_EACH_CALL
+    if _is_pointwise(weight, padding) and (few or min(k, c) >= _LEAST_CHANNELS):
+        return products.product(products.rows_of(grad), products.rows_of(x, stride)).view(k, c, 1, 1)
+    if few:
+        return products.weight_gradient(grad, x, weight, stride, padding, dilation)
     if kernel == [1, 1] or c % 32 or k % 16:
         return None
     out = torch.empty_like(weight, memory_format=torch.channels_last)

@@ -1,0 +1,86 @@
+"""Convolutions of few pixels and many weights as matrix products, on channels_last tensors.
+
+A weight is read as it lies in memory, and its gradient written so once; oneDNN would bring both into an order of its
+own, which takes longer than the products.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_resnet.ops.checks import is_channels_last
+
+
+def rows_of(x: Tensor, stride: tuple[int, int] = (1, 1)) -> Tensor:
+    """The pixels of (N, C, H, W) that a 1x1 conv reads, as (pixels, C)."""
+    return x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def images_of(rows: Tensor, n: int, height: int, width: int) -> Tensor:
+    return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def product(u: Tensor, v: Tensor) -> Tensor:
+    """u^T v of two matrices, in the network's memory."""
+    out = torch.ops.fused_resnet_cpp.new_images.default(u, 1, v.shape[1], u.shape[1], 1)[0, :, :, 0].t()
+    return torch.mm(u.t(), v, out=out)
+
+
+def weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """The gradient of conv2d's weight, in its layout."""
+    k, c, *kernel = weight.shape
+    windows = _windows(x, grad, kernel, stride, padding, dilation)
+    if is_channels_last(weight):
+        return product(rows_of(grad), windows.flatten(1)).view(k, *kernel, c).permute(0, 3, 1, 2)
+    return product(rows_of(grad), windows.permute(0, 3, 1, 2).flatten(1)).view(weight.shape)
+
+
+def _windows(
+    x: Tensor,
+    grad: Tensor,
+    kernel: Sequence[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """(pixels of grad, R, S, C): what the kernel meets of a channels_last x for each."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    image, row, pixel, _ = padded.stride()
+    size = (grad.shape[0], *grad.shape[2:], *kernel, x.shape[1])
+    steps = (image, row * stride[0], pixel * stride[1], row * dilation[0], pixel * dilation[1], 1)
+    return padded.as_strided(size, steps).reshape(-1, *size[3:])
+
+
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """The gradient of conv2d's input x; what the product gives for each tap is added up."""
+    (n, c, height, width), (_, _, p, q), (*_, r, s) = x.shape, grad.shape, weight.shape
+    if is_channels_last(weight):
+        taps = (rows_of(grad) @ weight.permute(0, 2, 3, 1).flatten(1)).view(n, p, q, r, s, c)
+    else:
+        taps = (rows_of(grad) @ weight.flatten(1)).view(n, p, q, c, r, s).permute(0, 1, 2, 4, 5, 3)
+    padded = x.new_zeros(n, height + 2 * padding[0], width + 2 * padding[1], c)
+    for i, j in itertools.product(range(r), range(s)):
+        top, left = i * dilation[0], j * dilation[1]
+        reached = padded[:, top : top + p * stride[0] : stride[0], left : left + q * stride[1] : stride[1]]
+        reached += taps[:, :, :, i, j]
+    inside = padded[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width]
+    return inside.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
