@@ -1,11 +1,13 @@
 """Do the kernels agree with `reference` on this device? Asked once per process, before they are chosen automatically.
 
 Small tensors go through every primitive of an op. A result passes where its relative error against
-float64 is at most twice that of `reference` in the same dtype, plus a few roundings.
+float64 is at most twice that of `reference` in the same dtype, plus a few roundings. Where a backend
+has `variants(op, x)`, contexts, its kernels must agree in each of them as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -71,19 +73,24 @@ def _bn_act_pool(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Resu
 
 
 def _prologue(module: ModuleType, x: Tensor, y: Tensor, grad: Tensor) -> Results:
-    """A 3x3 conv between two BNs, and the products of the Gram form."""
+    """A 3x3 conv between two BNs, a 1x1 conv of many pixels, and the products of the Gram form."""
     x, y, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, y, grad))
     channels = x.shape[1]
     weight = _weight(channels, x, 3).contiguous()
-    gamma, beta, mean, var = _bn(x)
-    bn, sums = (mean, var, gamma, beta, EPS), (10 * mean, 10 * beta)
+    bn = _bn_of(x)
+    mean, var, _, beta, _ = bn
+    sums = (10 * mean, 10 * beta)
     same, one = ((1, 1), (1, 1), (1, 1)), (1, 1)
     square = weight[:, :, 1, 1].contiguous()
     point = square.view(channels, channels, 1, 1)
+    many = _eights(x).repeat(COPIES, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    wide, dense = _weight(4 * many.shape[1], many, 1), ((1, 1), (0, 0), (1, 1))
     found = {
         "forward": module.prologue_conv_forward(x, bn, weight, *same, True, None, None, 0.1),
         "input": module.prologue_conv_grad_input(grad, y, bn, sums, weight, x, bn, None, *same),
         "first": module.prologue_conv_grad_input(grad, y, bn, None, weight, x, None, y, *same),
+        "1x1": module.prologue_conv_forward(many, _bn_of(many), wide, *dense, True, None, None, 0.1),
+        "1x1 input": module.prologue_conv_grad_input(grad, y, bn, sums, point, x, bn, None, *dense),
         "weight": [module.prologue_conv_grad_weight(grad, y, bn, sums, x, bn, (3, 3), *same)],
         "moments": module.prologue_moments(x, bn, one),
         "products": module.prologue_products(grad, x, bn, one),
@@ -102,10 +109,14 @@ def _weight(channels: int, x: Tensor, kernel: int) -> Tensor:
     return weight.contiguous(memory_format=_format(x))
 
 
+def _eights(x: Tensor) -> Tensor:
+    """Its first channels, as many as 8 divides."""
+    return x[:, : x.shape[1] // 8 * 8].contiguous(memory_format=_format(x))
+
+
 def _convolutions(x: Tensor, y: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Geometry]]:
     """(name, input, weight, residual, geometry): as many tiles as a GPU has multiprocessors, few, and ragged ones."""
-    channels = x.shape[1] // 8 * 8
-    few = x[:, :channels].contiguous(memory_format=_format(x))
+    few = _eights(x)
     many = few.repeat(COPIES, 1, 1, 1).contiguous(memory_format=_format(x))
     cases = {
         "3x3 wide": (many, 128, 3, ((1, 1), (1, 1), (1, 1), 1)),
@@ -145,6 +156,12 @@ def _bn(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     steps = torch.arange(x.shape[1], device=x.device) % 5
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     return tuple((a + b * steps).to(kind) for a, b in ((0.5, 0.25), (-0.5, 0.25), (-0.1, 0.05), (0.8, 0.1)))  # type: ignore[return-value]
+
+
+def _bn_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """`_bn` as operands of convolutions have it."""
+    gamma, beta, mean, var = _bn(x)
+    return mean, var, gamma, beta, EPS
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -212,13 +229,16 @@ def run(backend: ModuleType, case: Case) -> str | None:
     check = CHECKS.get(op)
     if check is None:
         return "there is no self-check for it"
+    variants = getattr(backend, "variants", lambda op, x: ())
     reason = None
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for inputs in _inputs(device, dtype, nchw):
-                exact = check(reference, *(t.double() for t in inputs))
-                complaint = _complaint(check(backend, *inputs), check(reference, *inputs), exact)
-                reason = reason or (complaint and f"its kernels differ from torch: {complaint}")
+                exact, plain = check(reference, *(t.double() for t in inputs)), check(reference, *inputs)
+                for context in (contextlib.nullcontext(), *variants(op, inputs[0])):
+                    with context:
+                        complaint = _complaint(check(backend, *inputs), plain, exact)
+                    reason = reason or (complaint and f"its kernels differ from torch: {complaint}")
     except Exception as error:
         reason = f"its kernels fail: {type(error).__name__}: {error}"
     if reason is not None:

@@ -25,6 +25,7 @@ LAYERS = {
     "1x1 widen": (8, 64, 56, 256, 1, 1),
     "1x1 projection": (8, 256, 56, 512, 1, 2),
     "1x1 ragged": (3, 67, 13, 35, 1, 1),
+    "1x1 eights": (3, 72, 13, 40, 1, 1),
     "3x3 stage 1": (8, 64, 56, 64, 3, 1),
     "3x3 stage 2": (8, 128, 56, 128, 3, 2),
     "3x3 stage 4": (8, 512, 7, 512, 3, 1),
@@ -109,14 +110,57 @@ def test_every_primitive(layer: str, dtype: torch.dtype) -> None:
 def test_every_candidate_config(layer: str) -> None:
     from fused_resnet.backends.triton import configs, prologue
 
-    N, C, size, K, taps, _ = LAYERS[layer]
-    target = configs.target(torch.empty(0, device="cuda"))
-    rows = prologue.power_of_two(N * size * size)
     for kernel in (prologue.CONV, prologue.PRODUCTS):
-        key = prologue.Problem("bfloat16", "ieee", True, taps * taps, max(C, K), max(C, K), rows, False)
-        for config in configs.candidates(kernel, key, target):
+        for config in candidates(kernel, layer):
             with configs.override(kernel, config):
                 check(layer, torch.bfloat16)
+
+
+def candidates(kernel: str, layer: str) -> list[dict[str, int]]:
+    """Of all its primitives."""
+    from fused_resnet.backends.triton import configs, prologue
+
+    N, C, size, K, taps, stride = LAYERS[layer]
+    rows, dense = prologue.power_of_two(N * size * size), taps == stride == 1
+    key = prologue.Problem("bfloat16", "ieee", True, taps * taps, max(C, K), max(C, K), rows, False, dense)
+    return configs.candidates(kernel, key, configs.target(torch.empty(0, device="cuda")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("layer", ["1x1 eights", "1x1 one image", "1x1 many tiles"])
+def test_persistent_programs(layer: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right, also where they read other tensors than when their graph was captured; not taken where TMA cannot read."""
+    from fused_resnet.backends.triton import configs, prologue
+
+    found = [config for config in candidates(prologue.CONV, layer) if config["PERSISTENT"]]
+    if not found:
+        pytest.skip("there is no persistent kernel for this GPU")
+    kernels: list[str] = []
+    launch = prologue.launch
+
+    def noting(kernel: Any, *args: Any, **meta: Any) -> None:
+        kernels.append(kernel.__name__)
+        launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(prologue, "launch", noting)
+    args = calls(layer, dtype)["prologue_conv_forward"]
+    x, misplaced = args[0], torch.empty(args[0].numel() + 1, dtype=dtype, device="cuda")[1:]
+    for config in found:
+        with configs.override(prologue.CONV, config):
+            check(layer, dtype)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = results(backend.prologue_conv_forward(*args))
+            x.normal_()
+            graph.replay()
+            eager = results(backend.prologue_conv_forward(*args))
+            assert "prologue_conv_kernel" not in kernels
+            assert all(torch.equal(one, two) for one, two in zip(captured, eager, strict=True))
+            other = misplaced.view(*x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2).copy_(x)
+            out = backend.prologue_conv_forward(other, *args[1:])[0]
+            assert kernels.count("prologue_conv_kernel") == 1
+            assert parity.compare("misplaced", out, eager[0], reference.prologue_conv_forward(*exact(args))[0]).ok
+        kernels.clear()
 
 
 @pytest.mark.parametrize(("batch", "size"), [(8, 28), (1, 7)])

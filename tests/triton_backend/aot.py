@@ -43,6 +43,7 @@ class Case:
         configs: kernel name -> config, instead of what `configs.pick` says.
         vector: kernels that must load from global memory 128 bits at a time, on NVIDIA.
         dot: kernels that must use the tensor cores.
+        tma: kernels that must be launched, and load by TMA.
         only: kernels to look at; None for all that `call` launches.
     """
 
@@ -51,6 +52,7 @@ class Case:
     configs: dict[str, configs.Config] = field(default_factory=dict)
     vector: tuple[str, ...] = ()
     dot: tuple[str, ...] = ()
+    tma: tuple[str, ...] = ()
     only: tuple[str, ...] | None = None
 
 
@@ -141,7 +143,7 @@ def measure(compiled: Any, arch: str, sass: bool) -> dict[str, Any]:
     }
 
 
-def problems(row: dict[str, Any], compiled: Any, arch: str, vector: bool, dot: bool) -> list[str]:
+def problems(row: dict[str, Any], compiled: Any, arch: str, vector: bool, dot: bool, tma: bool) -> list[str]:
     found = []
     if row["shared"] > configs.TARGETS[arch].shared:
         found.append(f"{row['shared']} bytes of shared memory, {configs.TARGETS[arch].shared} at most")
@@ -153,6 +155,8 @@ def problems(row: dict[str, Any], compiled: Any, arch: str, vector: bool, dot: b
         found.append("atomics")
     if vector and nvidia and not row["wide_loads"]:
         found.append("no 128-bit loads")
+    if tma and "cp.async.bulk.tensor" not in text:
+        found.append("no cp.async.bulk.tensor")
     if dot:
         if TENSOR_CORE[arch] not in text:
             found.append(f"no {TENSOR_CORE[arch]}")
@@ -182,10 +186,13 @@ def compile_cases(cases: list[Case], arch: str, sass: bool) -> list[dict[str, An
     """One row per distinct kernel compiled: case, kernel, config, what `measure` found, and `problems`."""
     rows: list[dict[str, Any]] = []
     seen: set[int] = set()
+    launched: set[str] = set()
     for case in cases:
+        launched.clear()
 
         def launcher(kernel: Any, grid: tuple[int, ...], *args: Any, case: Case = case, **meta: Any) -> None:
             name = kernel.__name__
+            launched.add(name)
             if case.only is not None and name not in case.only:
                 return
             row = {"case": case.name, "kernel": name, "config": meta}
@@ -200,7 +207,8 @@ def compile_cases(cases: list[Case], arch: str, sass: bool) -> list[dict[str, An
             target = compiled.metadata.target
             assert str(target.arch) in (arch, arch[3:]), f"compiled for {target}, not {arch}"
             row |= measure(compiled, arch, sass and name in case.vector)
-            row["problems"] = problems(row, compiled, arch, name in case.vector, name in case.dot)
+            asked = (name in kernels for kernels in (case.vector, case.dot, case.tma))
+            row["problems"] = problems(row, compiled, arch, *asked)
             rows.append(row)
 
         before, runtime.launcher = runtime.launcher, launcher
@@ -211,6 +219,8 @@ def compile_cases(cases: list[Case], arch: str, sass: bool) -> list[dict[str, An
                 case.call()
         finally:
             runtime.launcher = before
+        for name in set(case.tma) - launched:
+            rows.append({"case": case.name, "kernel": name, "config": {}, "problems": ["it was not launched"]})
     return rows
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from fused_resnet.backends.triton import configs, conv, prologue
 
 BATCH = 64
 CONV, PRODUCTS = "prologue_conv_kernel", "prologue_products_kernel"
-MERGE, GATHER = "prologue_merge_kernel", "prologue_gather_kernel"
+MERGE, GATHER, TILES = "prologue_merge_kernel", "prologue_gather_kernel", "prologue_tiles_kernel"
 # name: (C, H, K, kernel size, stride)
 LAYERS = {
     "1x1-narrow": (256, 56, 64, 1, 1),
@@ -86,8 +88,29 @@ def _case(
 ) -> Case:
     run = call(what, layer, dtype, batch)
     name = f"{what} {layer} {dtype}".replace("torch.", "") + suffix
-    dots = () if exact else (CONV, PRODUCTS)
-    return Case(name, ieee(run) if exact else run, dot=dots, only=(CONV, PRODUCTS, MERGE, GATHER), **options)
+    dots = () if exact else (CONV, PRODUCTS, TILES)
+    return Case(name, ieee(run) if exact else run, dot=dots, only=(CONV, PRODUCTS, MERGE, GATHER, TILES), **options)
+
+
+def persistent(what: str, layer: str, dtype: torch.dtype, offsets: str = "") -> Iterator[Case]:
+    """A dense product with each config of `prologue_tiles_kernel`; `offsets`: "wide", or 32 bits."""
+    C, size, K, _, _ = LAYERS[layer]
+    back = what.startswith(("grad_input", "end_backward"))
+    key = prologue.Problem(
+        str(dtype).removeprefix("torch."),
+        conv._precision(torch.empty(0, dtype=dtype)),
+        what.startswith("grad"),
+        1,
+        *((C, K) if back else (K, C)),
+        conv.power_of_two(BATCH * size * size),
+        bool(offsets),
+        True,
+    )
+    for index, config in enumerate(configs.candidates(prologue.CONV, key, configs.target(torch.empty(0)))):
+        if config["PERSISTENT"]:
+            suffix = " ".join((" persistent", *offsets.split(), str(index)))
+            case = _case(what, layer, dtype, suffix, configs={prologue.CONV: config}, tma=(TILES,))
+            yield dataclasses.replace(case, call=wide(case.call)) if offsets else case
 
 
 QUICK = (
@@ -105,7 +128,21 @@ def cases(full: bool) -> Iterator[Case]:
         yield _case(what, layer, dtype, vector=(CONV, GATHER) if what == "forward, first" else (GATHER,))
     yield _case("forward", "3x3-wide", torch.bfloat16, " one image", batch=1, vector=(MERGE,))
     if not full:
+        yield from itertools.islice(persistent("grad_input", "1x1-narrow", torch.bfloat16), 1)
         return
+    for what, layer, dtype in (
+        ("forward", "1x1-widen", torch.bfloat16),
+        ("forward", "1x1-widen", torch.float32),
+        ("forward, first", "1x1-widen", torch.float16),
+        ("grad_input", "1x1-narrow", torch.bfloat16),
+        ("grad_input", "1x1-narrow", torch.float32),
+        ("grad_input, first", "1x1-narrow", torch.float16),
+        ("end", "1x1-widen", torch.bfloat16),
+        ("end_backward", "1x1-deep", torch.bfloat16),
+    ):
+        yield from persistent(what, layer, dtype)
+    for what, layer in (("forward", "1x1-widen"), ("grad_input", "1x1-narrow")):
+        yield from persistent(what, layer, torch.bfloat16, "wide")
     for what, layer in (
         ("forward", "3x3-stride"),
         ("forward", "3x3-ragged"),

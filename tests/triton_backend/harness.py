@@ -100,7 +100,8 @@ class Launch:
         self.starts: dict[str, list[int]] = {}  # of each access in turn, the first byte touched
 
     def touch(self, kind: str, pointers: np.ndarray, mask: np.ndarray) -> None:
-        pointers = pointers[np.broadcast_to(mask.astype(bool), pointers.shape)]  # a scalar's may come as integers
+        mask = np.asarray(mask, dtype=bool)  # a scalar's may come as integers, a descriptor's as memory
+        pointers = pointers[np.broadcast_to(mask, pointers.shape)]
         if not pointers.size:
             return
         low, high = int(pointers.min()), int(pointers.max())
@@ -197,10 +198,10 @@ def patch_interpreter() -> None:
 
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def create_masked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *args: Any, **options: Any) -> Any:
         if _current:
             _current[-1].touch("load", pointers.data, mask.data)
-        return load(self, pointers, mask, *args)
+        return load(self, pointers, mask, *args, **options)
 
     def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
         if _current:

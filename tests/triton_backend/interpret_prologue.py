@@ -196,7 +196,8 @@ def test_64_bit_offsets(monkeypatch):
     check("prologue_conv_grad_weight", g, y, bn_of(y, 4), None, x, None, (3, 3), *conv, scale={0: 60.0})
 
 
-TILE = {"BM": 64, "BN": 32, "BK": 32, "GROUP_M": 2, "LOOPS": 1, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
+TILE = {"BM": 64, "BN": 32, "BK": 32, "GROUP_M": 2, "LOOPS": 1, "SPLITS": 1, "PERSISTENT": 0}
+TILE |= {"num_warps": 4, "num_stages": 2}
 
 
 @pytest.mark.parametrize(("splits", "loops"), [(2, 1), (16, 3)])

@@ -35,7 +35,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "bn_act": ("bn_act", "common"),
     "bn_act_pool": ("bn_act_pool", "bn_act", "common"),
     "conv": ("conv", "common"),
-    "prologue": ("prologue", "conv", "bn_act", "common"),
+    "prologue": ("prologue", "prologue_parts", "prologue_tma", "conv", "bn_act", "common"),
 }
 
 

@@ -13,6 +13,8 @@ import importlib
 import importlib.metadata
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -104,6 +106,23 @@ def untested(op: str, x: Tensor) -> str | None:
     The proof is run once per process, by the first automatic choice; see `selfcheck`.
     """
     return selfcheck.untested(sys.modules[__name__], op, x, _tested)
+
+
+def variants(op: str, x: Tensor) -> Iterator[AbstractContextManager[None]]:
+    """In each of these contexts the kernels of an op are to prove equal as well: one per config that tuning chose for
+    `prologue_tiles_kernel`, which nothing takes by default."""
+    if op != "prologue":
+        return
+    from fused_resnet.backends.triton import configs, prologue
+
+    def dense(alike: configs.Key, key: configs.Key) -> bool:
+        return key[:2] == alike[:2] and prologue.Problem(*key).dense  # type: ignore[arg-type]
+
+    seen: list[configs.Config] = []
+    for key, config in configs.tuned(prologue.CONV, x):
+        if key[0] == str(x.dtype).removeprefix("torch.") and config["PERSISTENT"] and config not in seen:
+            seen.append(config)
+            yield configs.override(prologue.CONV, config, functools.partial(dense, key))
 
 
 def __getattr__(name: str) -> Any:

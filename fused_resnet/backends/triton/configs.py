@@ -72,7 +72,7 @@ _spaces: dict[str, Space] = {}
 _picked: dict[tuple[str, Key, int | None], Config] = {}
 _targets: dict[int | None, Target] = {}
 _tables: dict[int, Table] = {}
-_overrides: dict[str, Config] = {}
+_overrides: dict[str, tuple[Config, Callable[[Key], bool]]] = {}
 _assumed = "sm_90"
 
 
@@ -119,7 +119,9 @@ def candidates(kernel: str, key: Key, on: Target) -> list[Config]:
 def pick(kernel: str, key: Key, x: Tensor) -> Config:
     """The config for a problem on x's device; the caller must not change it."""
     if _overrides and kernel in _overrides:
-        return _overrides[kernel]
+        config, concerns = _overrides[kernel]
+        if concerns(key):
+            return config
     found = _picked.get((kernel, key, x.device.index))
     if found is None:
         default = _spaces[kernel].default(target(x), key)
@@ -127,6 +129,14 @@ def pick(kernel: str, key: Key, x: Tensor) -> Config:
         found = tuned if tuned is not None and _fits(kernel, key, tuned, default, target(x)) else default
         _picked[kernel, key, x.device.index] = found
     return found
+
+
+def tuned(kernel: str, x: Tensor) -> Iterator[tuple[Key, Config]]:
+    """The problems of a kernel that were tuned for x's device, and their configs."""
+    for text in _table(x).get(kernel, {}) if _is_tunable(x) else ():
+        with contextlib.suppress(TypeError, ValueError):
+            key = tuple(json.loads(text))
+            yield key, pick(kernel, key, x)
 
 
 def _is_tunable(x: Tensor) -> bool:
@@ -137,16 +147,16 @@ def _fits(kernel: str, key: Key, config: Any, default: Config, on: Target) -> bo
     return (
         isinstance(config, dict)
         and config.keys() == default.keys()
-        and all(type(value) is int and value > 0 for value in config.values())
+        and all(type(value) is int and (value > 0 or value == default[name]) for name, value in config.items())
         and _spaces[kernel].shared(config, key) <= on.shared
     )
 
 
 @contextlib.contextmanager
-def override(kernel: str, config: Config) -> Iterator[None]:
-    """Use this config for every problem of a kernel, in the whole process: for tuning and tests."""
+def override(kernel: str, config: Config, concerns: Callable[[Key], bool] = lambda key: True) -> Iterator[None]:
+    """Use this config for every problem that it concerns, in the whole process: for tuning, self-checks and tests."""
     before = _overrides.get(kernel)
-    _overrides[kernel] = config
+    _overrides[kernel] = config, concerns
     try:
         yield
     finally:

@@ -4,9 +4,9 @@ All on NHWC tensors. `prologue_conv_kernel` is an implicit GEMM whose rows are o
 the gradient of its input (TRANSPOSED), and the products of the Gram form, with up to two pairs of operands. Where its
 tiles are few, several programs share the inner axis of each (split-K): `prologue_merge_kernel` then adds their sums
 in a fixed order and has the epilogue. What it leaves per tile is merged by `prologue_gather_kernel` first where it is
-much. `prologue_products_kernel` sums over pixels: weight gradients, Q and second
-moments, rows split over programs whose shares are added in a fixed order. What an operand goes through on the way in is
-`read`; padding is applied after.
+much. Tuning may put `prologue_tiles_kernel` of prologue_tma.py in its place where a product is dense.
+`prologue_products_kernel` sums over pixels: weight gradients, Q and second moments, rows split over programs whose
+shares are added in a fixed order. What an operand goes through on the way in is `read`; padding is applied after.
 
 Formulas and signatures stand in `fused_resnet.backends.reference`.
 """
@@ -24,12 +24,11 @@ from torch import Tensor
 
 from fused_resnet.backends.reference import Norm, Sums
 from fused_resnet.backends.triton import bn_act, configs, conv
-from fused_resnet.backends.triton.bn_act import channels, gradient, merge_rows, slopes
-from fused_resnet.backends.triton.common import load, relu, relu_grad
+from fused_resnet.backends.triton.bn_act import merge_rows
+from fused_resnet.backends.triton.common import load
 from fused_resnet.backends.triton.conv import (
     INDEX_LIMIT,
     MERGE,
-    SLICE,
     keep_share,
     merged_shares,
     power_of_two,
@@ -37,30 +36,9 @@ from fused_resnet.backends.triton.conv import (
     splits_of,
     tile_of,
 )
+from fused_resnet.backends.triton.prologue_parts import end_tile, read
+from fused_resnet.backends.triton.prologue_tma import ALIGNMENT, descriptors, prologue_tiles_kernel
 from fused_resnet.backends.triton.runtime import ceil_div, launch
-
-
-@triton.jit
-def read(
-    x, y, at, mask, cols, inside, mean, var, gamma, beta, eps, grad_gamma, grad_beta, count, GRADIENT: tl.constexpr
-):
-    """[R, C] of an operand, 0 where masked: x, relu(bn(x)) where `mean` is given, or (GRADIENT) the gradient of y from
-    x, that of bn(y); bn took its statistics from y, `count` values per channel, where `grad_gamma` is given."""
-    value = tl.load(x + at, mask=mask, other=0.0)
-    if GRADIENT:
-        m, s, _ = channels(mean, var, gamma, None, eps, cols, inside)
-        g = value.to(tl.float32)
-        if grad_gamma is not None:
-            mean_g = load(grad_beta + cols, inside)[None, :] / count
-            slope = slopes(grad_gamma, var, eps, count, cols, inside)
-            g = gradient(g, load(y + at, mask) - m, s, mean_g, slope)
-        else:
-            g = s * g
-        value = tl.where(mask, g, 0.0).to(x.dtype.element_ty)
-    elif mean is not None:
-        m, s, b = channels(mean, var, gamma, beta, eps, cols, inside)
-        value = tl.where(mask, relu(s * (value.to(tl.float32) - m) + b), 0.0).to(x.dtype.element_ty)
-    return value
 
 
 @triton.jit
@@ -189,7 +167,7 @@ def prologue_conv_kernel(
     if SPLITS > 1:
         keep_share(acc, shares, m, n, M, K)
     else:
-        _end(
+        end_tile(
             acc, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, tile_m, tile_n, M, P, Q, K,
             ADD_STRIDE, RELU, PARTIALS, WIDE, BM, BN,
         )  # fmt: skip
@@ -224,125 +202,10 @@ def prologue_merge_kernel(
     tile_m, tile_n = tl.program_id(0), tl.program_id(1)
     m, n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     acc = merged_shares(shares, m, n, M, K, SPLITS, BM, BN)
-    _end(
+    end_tile(
         acc, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, tile_m, tile_n, M, P, Q, K,
         ADD_STRIDE, RELU, PARTIALS, WIDE, BM, BN,
     )  # fmt: skip
-
-
-@triton.jit
-def _end(
-    acc,  # [BM, BN]
-    out,
-    shift,
-    residual,
-    x2,
-    mean2,
-    var2,
-    gamma2,
-    beta2,
-    eps2,
-    partials,
-    tile_m,
-    tile_n,
-    M,
-    P,
-    Q,
-    K: tl.constexpr,
-    ADD_STRIDE: tl.constexpr,
-    RELU: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    WIDE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """The epilogue of a tile."""
-    m = tile_m * BM + tl.arange(0, BM)
-    in_m = m < M
-    image, p, q = m // (P * Q), m // Q % P, m % Q
-    if WIDE:
-        m = m.to(tl.int64)
-        image = image.to(tl.int64)
-    added, in_added = m, in_m
-    if ADD_STRIDE[0] * ADD_STRIDE[1] > 1:
-        in_added = in_m & (p % ADD_STRIDE[0] == 0) & (q % ADD_STRIDE[1] == 0)
-        added = (image * tl.cdiv(P, ADD_STRIDE[0]) + p // ADD_STRIDE[0]) * tl.cdiv(Q, ADD_STRIDE[1])
-        added = added + q // ADD_STRIDE[1]
-    rows = tl.minimum(M - tile_m * BM, BM).to(tl.float32)
-    _finish(
-        acc, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, m * K, added * K, in_m, in_added,
-        tile_n * BN, tile_m, tl.cdiv(M, BM), rows, K, RELU, PARTIALS, BN,
-    )  # fmt: skip
-
-
-@triton.jit
-def _finish(
-    acc,  # [BM, BN]
-    out,
-    shift,
-    residual,
-    x2,
-    mean2,
-    var2,
-    gamma2,
-    beta2,
-    eps2,
-    partials,  # (2 or 3, tiles of rows, K)
-    row,  # [BM], offsets
-    added,  # [BM], offsets in `residual`
-    in_m,
-    in_added,
-    n,
-    tile,
-    tiles,
-    rows,  # in the tile, float
-    K: tl.constexpr,
-    RELU: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """The epilogue of columns n to n + BN, by halves down to SLICE columns: all at once would not fit in registers."""
-    if BN > SLICE:
-        HALF: tl.constexpr = BN // 2
-        low, high = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
-        _finish(
-            low, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, row, added, in_m, in_added,
-            n, tile, tiles, rows, K, RELU, PARTIALS, HALF,
-        )  # fmt: skip
-        _finish(
-            high, out, shift, residual, x2, mean2, var2, gamma2, beta2, eps2, partials, row, added, in_m, in_added,
-            n + HALF, tile, tiles, rows, K, RELU, PARTIALS, HALF,
-        )  # fmt: skip
-    else:
-        n = n + tl.arange(0, BN)
-        in_n = n < K
-        mask = in_m[:, None] & in_n[None, :]
-        if shift is not None:
-            acc += load(shift + n, in_n)[None, :]
-        if residual is not None:
-            acc += load(residual + (added[:, None] + n[None, :]), in_added[:, None] & in_n[None, :])
-        if RELU:
-            acc = relu(acc)
-        at = row[:, None] + n[None, :]
-        if PARTIALS == "sums":
-            m, s, b = channels(mean2, var2, gamma2, beta2, eps2, n, in_n)
-            centred = load(x2 + at, mask) - m
-            acc = relu_grad(acc, (s * centred + b).to(out.dtype.element_ty).to(tl.float32))
-        value = acc.to(out.dtype.element_ty)
-        tl.store(out + at, value, mask=mask)
-        if PARTIALS != "":
-            value = tl.where(mask, value.to(tl.float32), 0.0)  # as stored
-            total = tl.sum(value, 0)
-            here, plane = partials + (tile * K + n), tiles * K
-            if PARTIALS == "sums":
-                tl.store(here, total, mask=in_n)
-                tl.store(here + plane, tl.sum(tl.where(mask, value * centred, 0.0), 0), mask=in_n)
-            else:
-                average = total / rows
-                deviation = tl.where(mask, value - average[None, :], 0.0)
-                tl.store(here, total * 0.0 + rows, mask=in_n)
-                tl.store(here + plane, average, mask=in_n)
-                tl.store(here + 2 * plane, tl.sum(deviation * deviation, 0), mask=in_n)
 
 
 @triton.jit
@@ -486,6 +349,7 @@ class Problem(NamedTuple):
     inner: int  # channels of the inner axis; in products, of the left operand
     rows: int  # pixels, up to a power of two
     wide: bool  # 64-bit offsets
+    dense: bool = False  # one tap, stride 1, no padding, in both pairs of operands
 
     @property
     def exact(self) -> bool:
@@ -496,6 +360,12 @@ class Problem(NamedTuple):
     def depth(self) -> int:
         return 16 if self.exact else 32 if self.dtype == "float32" else 64
 
+    @property
+    def aligned(self) -> bool:
+        """Whether TMA can read matrices with so many channels."""
+        size = 4 if self.dtype == "float32" else 2
+        return self.columns * size % ALIGNMENT == 0 and self.inner * size % ALIGNMENT == 0
+
 
 # BM, BN, warps. A loop over several taps at 8 warps has been miscompiled (triton#1254): one loop for each tap there.
 CONV_TILES = ((128, 64, 4), (64, 64, 4), (64, 128, 4), (64, 32, 4))
@@ -503,6 +373,12 @@ POINTWISE_TILES = ((128, 128, 8), (256, 64, 8))
 BLACKWELL_TILES = ((128, 64, 8), (64, 64, 8))  # at 4 warps its compiler runs out of registers
 PRODUCT_TILES = ((64, 64, 4), (128, 64, 4), (64, 128, 4))
 EXACT_TILES = ((64, 64, 4), (64, 32, 4))
+# BM, BN, warps, stages, programs per multiprocessor of `prologue_tiles_kernel`, which no compiler spills. None for
+# sm_120: triton 3.6 and 3.7 spill there. Of 64-bit offsets the first alone: sm_100's second is spilled.
+PERSISTENT_TILES = {
+    "sm_90": ((128, 64, 4, 3, 2), (128, 128, 8, 4, 1), (64, 128, 4, 3, 2), (256, 64, 8, 3, 1)),
+    "sm_100": ((128, 128, 8, 3, 2), (64, 64, 4, 3, 4)),
+}
 
 
 def _is_small(target: configs.Target) -> bool:
@@ -520,7 +396,7 @@ def _config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: i
 
 def _conv_config(target: configs.Target, problem: Problem, BM: int, BN: int, warps: int) -> configs.Config:
     loops = problem.taps if warps == 8 else 1
-    return _config(target, problem, BM, BN, warps) | {"GROUP_M": 8, "LOOPS": loops, "SPLITS": 1}
+    return _config(target, problem, BM, BN, warps) | {"GROUP_M": 8, "LOOPS": loops, "SPLITS": 1, "PERSISTENT": 0}
 
 
 def _splits(target: configs.Target, problem: Problem, config: configs.Config) -> int:
@@ -567,6 +443,12 @@ def _conv_candidates(target: configs.Target, key: configs.Key) -> Iterator[confi
         if max(32, power_of_two(problem.columns)) >= BN:
             config = _conv_config(target, problem, BM, BN, warps)
             yield from split_candidates(config, _splits(target, problem, config))
+    if problem.dense and problem.aligned and not problem.exact:
+        persistent = PERSISTENT_TILES.get(target.arch, ())
+        for BM, BN, warps, stages, programs in persistent[:1] if problem.wide else persistent:
+            if max(32, power_of_two(problem.columns)) >= BN:
+                config = _conv_config(target, problem, BM, BN, warps)
+                yield config | {"num_stages": stages, "PERSISTENT": programs}
 
 
 def _products_default(target: configs.Target, key: configs.Key) -> configs.Config:
@@ -648,27 +530,55 @@ def _conv(
     N, K, P, Q = out.shape
     taps, stride, padding, dilation = geometry
     rows, exactness, wide = N * P * Q, conv._precision(x), _wide(x, x2, out)
-    count = taps[0] * taps[1]
-    problem = Problem(_dtype(x), exactness, gradient is not None, count, K, x.shape[1], power_of_two(rows), wide)
-    config = configs.pick(CONV, problem, x)
-    tiles, splits = ceil_div(rows, config["BM"]), config["SPLITS"]
+    dense = geometry[:3] == ((1, 1), (1, 1), (0, 0)) and (weight2 is None or stride2 == (1, 1))
+    problem = Problem(
+        _dtype(x), exactness, gradient is not None, taps[0] * taps[1], K, x.shape[1], power_of_two(rows), wide, dense
+    )
+    config = dict(configs.pick(CONV, problem, x))
+    tiles, splits, persistent = ceil_div(rows, config["BM"]), config["SPLITS"], config.pop("PERSISTENT")
     parts = tiles if splits == 1 else ceil_div(rows, MERGE["BM"])
     space = bn_act.workspace(out, 3 if partials == "moments" else 2, parts) if partials else None
     shares = x.new_empty((splits, rows, K), dtype=torch.float32) if splits > 1 else None
     y, sums = gradient or (None, None)
     grad_gamma, grad_beta = sums or (None, None)
+    prologue = *_vectors(bn), grad_gamma, grad_beta, float(x.numel() // x.shape[1])
     vectors2 = _vectors(bn2)
+    operands: dict[str, Any] = {"C": x.shape[1], "C2": 0 if x2 is None else x2.shape[1]}
+    operands |= {"GRADIENT": gradient is not None, "PRECISION": exactness}
     epilogue: dict[str, Any] = {"K": K, "ADD_STRIDE": add_stride, "RELU": activation == "relu", "PARTIALS": partials}
     epilogue["WIDE"] = wide
+    described = None
+    if persistent and dense and splits == 1:
+        second = None if weight2 is None else x2
+        described = descriptors(config, x, y if sums else None, weight, second, weight2, K, layout[2] != 1)
+    if described is not None:
+        del config["LOOPS"], config["SPLITS"]
+        launch(
+            prologue_tiles_kernel,
+            (min(tiles * ceil_div(K, config["BN"]), persistent * configs.target(x).multiprocessors),),
+            out,
+            *described,
+            *prologue,
+            x2,
+            *vectors2,
+            shift,
+            residual,
+            space,
+            rows,
+            P,
+            Q,
+            TRANSPOSED=layout[2] != 1,
+            **operands,
+            **epilogue,
+            **config,
+        )
+        return space
     launch(
         prologue_conv_kernel,
         (tiles * ceil_div(K, config["BN"]), splits),
         x,
         y,
-        *_vectors(bn),
-        grad_gamma,
-        grad_beta,
-        float(x.numel() // x.shape[1]),
+        *prologue,
         weight,
         x2,
         *vectors2,
@@ -685,8 +595,6 @@ def _conv(
         Q,
         0 if x2 is None else x2.shape[2],
         0 if x2 is None else x2.shape[3],
-        C=x.shape[1],
-        C2=0 if x2 is None else x2.shape[1],
         TAPS=taps,
         STRIDE=stride,
         PADDING=padding,
@@ -695,8 +603,7 @@ def _conv(
         STRIDE2=stride2,
         LAYOUT=layout,
         LAYOUT2=layout2,
-        GRADIENT=gradient is not None,
-        PRECISION=exactness,
+        **operands,
         **epilogue,
         **config,
     )
