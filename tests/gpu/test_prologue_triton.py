@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,9 +38,14 @@ LAYERS = {
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+def exact_products() -> Iterator[None]:
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # monkeypatch cannot put back what these compute
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.fp32_precision = value
 
 
 def calls(layer: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
