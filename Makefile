@@ -11,7 +11,10 @@ TRITON := $(VENV)/triton-3.6.0
 AOT_ARGS ?=
 ENGINES := eager,channels_last,compile,fused calls,onnxruntime,openvino,fused_resnet,as is
 TRAINERS := eager,channels_last,compile,fused_resnet,as is,ours: low
+ENGINES_16 := channels_last,compile,openvino,fused_resnet,as is
+TRAINERS_16 := channels_last,compile,fused_resnet
 CELLS = $(BIN)/fused-resnet bench-models --rounds 9
+ONE_THREAD = env OMP_NUM_THREADS=1 $(CELLS) --out benchmarks/results/cpu-1-thread/models.csv
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 TORCH := from importlib.metadata import version; torch = tuple(map(int, version("torch").split(".")[:2]))
@@ -39,12 +42,14 @@ bench: $(STAMPS)/bench $(STAMPS)/extension ## parity, then speed: make bench BEN
 bench-all: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## all of benchmarks/RESULTS.md, in about 20 minutes; it resumes
 	$(BIN)/fused-resnet bench-all $(BENCH_ARGS)
 
-bench-cpu: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## ResNet-50 and ResNet-18 beside all CPU engines, 2 threads and 1: 25 minutes; it resumes
+bench-cpu: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## ResNet-50 and ResNet-18 beside all CPU engines, 2 threads and 1: 40 minutes; it resumes
 	for model in resnet50 resnet18; do \
-	    $(CELLS) --model $$model --mode infer --batches 1,16,32 --rivals "$(ENGINES)" $(BENCH_ARGS) && \
+	    for cells in '$(CELLS) --batches 1,16,32' '$(ONE_THREAD) --batches 1,16'; do \
+	        $$cells --model $$model --mode infer --rivals "$(ENGINES)" $(BENCH_ARGS) && \
+	        $$cells --model $$model --mode infer --dtypes bf16 --rivals "$(ENGINES_16)" $(BENCH_ARGS) || exit 1; \
+	    done; \
 	    $(CELLS) --model $$model --mode train --batches 16 --rivals "$(TRAINERS)" $(BENCH_ARGS) && \
-	    OMP_NUM_THREADS=1 $(CELLS) --model $$model --mode infer --batches 1,16 --rivals "$(ENGINES)" \
-	        --out benchmarks/results/cpu-1-thread/models.csv $(BENCH_ARGS) || exit 1; \
+	    $(CELLS) --model $$model --mode train --batches 16 --dtypes bf16 --rivals "$(TRAINERS_16)" $(BENCH_ARGS) || exit 1; \
 	done
 	$(BIN)/fused-resnet bench-all --parts report
 
