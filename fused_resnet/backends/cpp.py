@@ -538,9 +538,10 @@ def conv_forward(
     if _is_direct(x, weight, groups):
         if _pays(weight, pixels, *geometry, tuple(x.shape)):
             return _direct(x, weight, bias, None, None, *geometry, None)
-        if pixels < _PACKED_AT_EACH_CALL and _is_pointwise(weight, padding):
-            rows = products.rows_of(x, stride) @ weight.flatten(1).t()
-            return products.images_of(rows if bias is None else rows.add_(bias), n, height, width)
+        few = not is_channels_last(weight) and _FEW_PIXELS * pixels <= weight.shape[0]  # else oneDNN does as well
+        if few or (pixels < _PACKED_AT_EACH_CALL and _is_pointwise(weight, padding)):
+            y = products.output(x, weight, (n, height, width), *geometry)
+            return y if bias is None else y.add_(bias[:, None, None])
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 

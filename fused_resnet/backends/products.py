@@ -22,6 +22,7 @@ def rows_of(x: Tensor, stride: tuple[int, int] = (1, 1)) -> Tensor:
 
 
 def images_of(rows: Tensor, n: int, height: int, width: int) -> Tensor:
+    """(N H W, C) as (N, C, H, W), channels_last."""
     return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
@@ -29,6 +30,21 @@ def product(u: Tensor, v: Tensor) -> Tensor:
     """u^T v of two matrices, in the network's memory."""
     out = torch.ops.fused_resnet_cpp.new_images.default(u, 1, v.shape[1], u.shape[1], 1)[0, :, :, 0].t()
     return torch.mm(u.t(), v, out=out)
+
+
+def output(
+    x: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """conv2d(x, weight), of `size`: (N, height, width)."""
+    windows = _windows(x, size, weight.shape[2:], stride, padding, dilation)
+    if is_channels_last(weight):
+        return images_of(windows.flatten(1) @ weight.permute(0, 2, 3, 1).flatten(1).t(), *size)
+    return images_of(windows.permute(0, 3, 1, 2).flatten(1) @ weight.flatten(1).t(), *size)
 
 
 def weight_gradient(
@@ -41,7 +57,7 @@ def weight_gradient(
 ) -> Tensor:
     """The gradient of conv2d's weight, in its layout."""
     k, c, *kernel = weight.shape
-    windows = _windows(x, grad, kernel, stride, padding, dilation)
+    windows = _windows(x, (grad.shape[0], *grad.shape[2:]), kernel, stride, padding, dilation)
     if is_channels_last(weight):
         return product(rows_of(grad), windows.flatten(1)).view(k, *kernel, c).permute(0, 3, 1, 2)
     return product(rows_of(grad), windows.permute(0, 3, 1, 2).flatten(1)).view(weight.shape)
@@ -49,18 +65,18 @@ def weight_gradient(
 
 def _windows(
     x: Tensor,
-    grad: Tensor,
+    size: Sequence[int],
     kernel: Sequence[int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Tensor:
-    """(pixels of grad, R, S, C): what the kernel meets of a channels_last x for each."""
+    """(pixels of the output, R, S, C): what the kernel meets of a channels_last x; `size`: the output's, as above."""
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
     image, row, pixel, _ = padded.stride()
-    size = (grad.shape[0], *grad.shape[2:], *kernel, x.shape[1])
+    shape = (*size, *kernel, x.shape[1])
     steps = (image, row * stride[0], pixel * stride[1], row * dilation[0], pixel * dilation[1], 1)
-    return padded.as_strided(size, steps).reshape(-1, *size[3:])
+    return padded.as_strided(shape, steps).reshape(-1, *shape[3:])
 
 
 def input_gradient(
