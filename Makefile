@@ -29,7 +29,7 @@ ifeq ($(FUSED_RESNET_NO_EXT),)
 export FUSED_RESNET_REQUIRE_EXT ?= $(if $(shell command -v c++),1,0)
 endif
 
-.PHONY: help bench bench-all bench-cpu bench-zoo degradation test lint wheel test-install test-abi cuda-check test-aot test-zoo \
+.PHONY: help bench bench-all bench-cpu bench-family bench-zoo degradation test lint wheel test-install test-abi cuda-check test-aot test-zoo \
     test-export test-tensorrt test-distributed clean FORCE
 .DELETE_ON_ERROR:
 
@@ -91,6 +91,9 @@ test-export: $(STAMPS)/peers $(STAMPS)/extension ## every network of the family 
 
 test-tensorrt: $(STAMPS)/tensorrt ## the real converters and engine builder of TensorRT; no GPU needed
 	$(TRT)/bin/python -m pytest -o addopts= -p no:cacheprovider -v tests/tensorrt $(PYTEST_ARGS)
+
+bench-family: $(STAMPS)/bench $(STAMPS)/extension ## all ten ResNets beside torch's modules, batches of 1, 4 and 16: an hour; it resumes
+	$(BIN)/python -m fused_resnet.benchmarks.bench_family $(BENCH_ARGS)
 
 degradation: $(STAMPS)/bench $(STAMPS)/extension ## plain against residual networks by depth: a table and degradation.png
 	$(BIN)/python examples/degradation.py

@@ -61,7 +61,7 @@ def _step(model: nn.Module, x: Tensor, train: bool) -> harness.Step:
     return step if train else infer
 
 
-def _speed(model: nn.Module, plain: nn.Module, x: Tensor, train: bool) -> list[dict[str, Any]]:
+def speed(model: nn.Module, plain: nn.Module, x: Tensor, train: bool) -> list[dict[str, Any]]:
     """Rows of the speed-up and of both times."""
     clock = harness.timer(x.device)
     steps: dict[str, Callable[[], harness.Step]] = {
@@ -102,7 +102,7 @@ def measure(name: str, entry: Entry, until: str) -> list[dict[str, Any]]:
             note, ok = harness.one_line(error), False
         rows.append({"metric": "parity", "case": _size(small), "value": int(ok), "note": note, **case})
         if until == "times":
-            times = _speed(model, plain, large, train) if ok else [{"metric": "speedup", "note": "no parity"}]
+            times = speed(model, plain, large, train) if ok else [{"metric": "speedup", "note": "no parity"}]
             rows += [{"case": _size(large), **case, **row} for row in times]
     return [{"suite": "zoo", "subject": name, **row} for row in rows]
 
