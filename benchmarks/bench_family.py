@@ -4,8 +4,8 @@
 
 Writes results/cpu/family.csv after each network, so an interrupted run goes on where it was, and family.md, the table,
 beside it. float32, 224x224; parity first (`fused_resnet.verify`, 64x64). Times are medians of paired ratios, ours and
-torch's in turn: "channels_last" with parameters and images in that format, "NCHW" with nothing converted. Everything: an
-hour on 2 idle cores.
+torch's in turn: "channels_last" with parameters and images in that format, "NCHW" with nothing converted. All takes
+an hour on 2 idle cores.
 """
 
 from __future__ import annotations
