@@ -257,6 +257,7 @@ def test_few_pixels(shape: Any, layout: torch.memory_format, monkeypatch: pytest
     """By matrix products, the weight in either layout."""
     monkeypatch.setattr(cpp, "_PACKED_AT_EACH_CALL", 1 << 30)
     monkeypatch.setattr(cpp, "_FEW_PIXELS", 0)
+    monkeypatch.setattr(cpp, "_LARGE_WEIGHT", 0)
     refused = lambda *_: pytest.fail("torch's own convolution was called")  # noqa: E731
     with monkeypatch.context() as patch:
         if shape[-1] == 1:

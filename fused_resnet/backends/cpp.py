@@ -79,7 +79,8 @@ _PANEL, _WIDE_PANEL = 32, 64  # output channels that csrc's convolution takes at
 _POOL = ((3, 3), (2, 2), (1, 1), (1, 1))  # the stem's max pool: kernel, stride, padding, dilation
 _KEPT = 6  # arguments of a choice for weights that are packed once: (weight, *geometry, activation)
 _PACKED_AT_EACH_CALL = 512  # output pixels from which packing a weight costs less than it gains
-_FEW_PIXELS = 4  # output channels per output pixel from which an input's gradient is best by a product
+_LARGE_WEIGHT = 1 << 16  # numbers of a weight from which, where output pixels are fewer, convs are matrix products
+_FEW_PIXELS = 4  # output channels per output pixel from which all of a convolution's are
 _DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -538,8 +539,8 @@ def conv_forward(
     if _is_direct(x, weight, groups):
         if _pays(weight, pixels, *geometry, tuple(x.shape)):
             return _direct(x, weight, bias, None, None, *geometry, None)
-        few = not is_channels_last(weight) and _FEW_PIXELS * pixels <= weight.shape[0]  # else oneDNN does as well
-        if few or (pixels < _PACKED_AT_EACH_CALL and _is_pointwise(weight, padding)):
+        fewest = _FEW_PIXELS * pixels <= weight.shape[0] and not is_channels_last(weight)  # else oneDNN does as well
+        if _is_large(weight, pixels) and (fewest or _is_pointwise(weight, padding)):
             y = products.output(x, weight, (n, height, width), *geometry)
             return y if bias is None else y.add_(bias[:, None, None])
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -586,10 +587,11 @@ def _input_gradient(
     pixels, kernel = n * height * width, weight.shape[2:]
     if onto is not None and not is_channels_last(onto):
         return None
-    if pixels < _PACKED_AT_EACH_CALL and _is_pointwise(weight, padding):
+    large = _is_large(weight, pixels)
+    if large and _is_pointwise(weight, padding):
         out = products.images_of(products.rows_of(grad) @ weight.flatten(1), n, height, width)
         return _onto(onto, out, x, stride)
-    if _FEW_PIXELS * pixels <= weight.shape[0]:
+    if large and _FEW_PIXELS * pixels <= weight.shape[0]:
         out = products.input_gradient(grad, x, weight, stride, padding, dilation)
         return out if onto is None else onto.add_(out)
     if stride != (1, 1) and (max(kernel) > 1 or padding != (0, 0) or onto is None):
@@ -615,6 +617,11 @@ def _onto(onto: Tensor | None, out: Tensor, x: Tensor, stride: tuple[int, int]) 
     return onto
 
 
+def _is_large(weight: Tensor, pixels: int) -> bool:
+    """Whether a weight is what takes time, and not the pixels that it meets."""
+    return pixels < _PACKED_AT_EACH_CALL and weight.numel() >= _LARGE_WEIGHT
+
+
 def _is_pointwise(weight: Tensor, padding: tuple[int, int]) -> bool:
     return weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0)
 
@@ -632,11 +639,14 @@ def _weight_gradient(
 ) -> Tensor | None:
     """Where there is a faster way to it than oneDNN's; else None."""
     k, c, *kernel = weight.shape
-    few = grad.shape[0] * grad.shape[2] * grad.shape[3] < _PACKED_AT_EACH_CALL
-    if _is_pointwise(weight, padding) and (few or min(k, c) >= _LEAST_CHANNELS):
+    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
+    large = _is_large(weight, pixels)
+    if _is_pointwise(weight, padding) and (large or min(k, c) >= _LEAST_CHANNELS):
         return products.product(products.rows_of(grad), products.rows_of(x, stride)).view(k, c, 1, 1)
-    if few:
+    if large:
         return products.weight_gradient(grad, x, weight, stride, padding, dilation)
+    if pixels < _PACKED_AT_EACH_CALL:
+        return None
     if kernel == [1, 1] or c % 32 or k % 16:
         return None
     out = torch.empty_like(weight, memory_format=torch.channels_last)

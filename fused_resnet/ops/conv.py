@@ -27,10 +27,12 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Te
     Differentiable once where csrc's kernels run it: float32 in channels_last on a CPU with AVX-512; and where 16 bits
     are computed in float32.
     """
+    if x.device.type != "cpu" or is_traced(x):
+        return F.conv2d(x, weight, bias, *geometry)
     cast = autocast_dtype(x)
     dtype = cast or x.dtype
-    emulated = dispatch.in_float32(dtype, x.device.type)
-    if x.device.type != "cpu" or not (emulated or dtype == torch.float32) or is_traced(x):
+    emulated = dispatch.in_float32(dtype, "cpu")
+    if not (emulated or dtype == torch.float32):
         return F.conv2d(x, weight, bias, *geometry)
     if cast is not None:
         x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
