@@ -14,7 +14,7 @@ TRAINERS := eager,channels_last,compile,fused_resnet,as is,ours: low
 ENGINES_16 := channels_last,compile,openvino,fused_resnet,as is
 TRAINERS_16 := channels_last,compile,fused_resnet
 CELLS = $(BIN)/fused-resnet bench-models --rounds 9
-ONE_THREAD = env OMP_NUM_THREADS=1 $(CELLS) --out benchmarks/results/cpu-1-thread/models.csv
+BFLOAT16 = --dtypes bf16 --out benchmarks/results/cpu-bf16/models.csv
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 TORCH := from importlib.metadata import version; torch = tuple(map(int, version("torch").split(".")[:2]))
@@ -44,12 +44,12 @@ bench-all: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## all of benchm
 
 bench-cpu: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## ResNet-50 and ResNet-18 beside all CPU engines, 2 threads and 1: 40 minutes; it resumes
 	for model in resnet50 resnet18; do \
-	    for cells in '$(CELLS) --batches 1,16,32' '$(ONE_THREAD) --batches 1,16'; do \
-	        $$cells --model $$model --mode infer --rivals "$(ENGINES)" $(BENCH_ARGS) && \
-	        $$cells --model $$model --mode infer --dtypes bf16 --rivals "$(ENGINES_16)" $(BENCH_ARGS) || exit 1; \
-	    done; \
+	    $(CELLS) --model $$model --mode infer --batches 1,16,32 --rivals "$(ENGINES)" $(BENCH_ARGS) && \
 	    $(CELLS) --model $$model --mode train --batches 16 --rivals "$(TRAINERS)" $(BENCH_ARGS) && \
-	    $(CELLS) --model $$model --mode train --batches 16 --dtypes bf16 --rivals "$(TRAINERS_16)" $(BENCH_ARGS) || exit 1; \
+	    $(CELLS) --model $$model --mode infer --batches 1,16,32 --rivals "$(ENGINES_16)" $(BFLOAT16) $(BENCH_ARGS) && \
+	    $(CELLS) --model $$model --mode train --batches 16 --rivals "$(TRAINERS_16)" $(BFLOAT16) $(BENCH_ARGS) && \
+	    OMP_NUM_THREADS=1 $(CELLS) --model $$model --mode infer --batches 1,16 --rivals "$(ENGINES)" \
+	        --out benchmarks/results/cpu-1-thread/models.csv $(BENCH_ARGS) || exit 1; \
 	done
 	$(BIN)/fused-resnet bench-all --parts report
 
