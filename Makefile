@@ -53,6 +53,9 @@ bench-cpu: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## ResNet-50 and
 	done
 	$(BIN)/fused-resnet bench-all --parts report
 
+bench-family: $(STAMPS)/bench $(STAMPS)/extension ## all ten ResNets beside torch's modules, batches of 1, 4 and 16: an hour; it resumes
+	$(BIN)/python -m fused_resnet.benchmarks.bench_family $(BENCH_ARGS)
+
 bench-zoo: $(STAMPS)/bench $(STAMPS)/peers $(STAMPS)/extension ## fuse() on every model of benchmarks/zoo.py: the README's table; it resumes
 	$(BIN)/python -m fused_resnet.benchmarks.bench_zoo --readme README.md $(BENCH_ARGS)
 
@@ -91,9 +94,6 @@ test-export: $(STAMPS)/peers $(STAMPS)/extension ## every network of the family 
 
 test-tensorrt: $(STAMPS)/tensorrt ## the real converters and engine builder of TensorRT; no GPU needed
 	$(TRT)/bin/python -m pytest -o addopts= -p no:cacheprovider -v tests/tensorrt $(PYTEST_ARGS)
-
-bench-family: $(STAMPS)/bench $(STAMPS)/extension ## all ten ResNets beside torch's modules, batches of 1, 4 and 16: an hour; it resumes
-	$(BIN)/python -m fused_resnet.benchmarks.bench_family $(BENCH_ARGS)
 
 degradation: $(STAMPS)/bench $(STAMPS)/extension ## plain against residual networks by depth: a table and degradation.png
 	$(BIN)/python examples/degradation.py

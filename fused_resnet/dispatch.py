@@ -283,9 +283,9 @@ def call(primitive: str, x: Tensor, *args: Any, backend: str | None = None) -> A
     return choose(primitive, x, *args, backend=backend).function(x, *args)
 
 
-def in_float32(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether convolutions of the dtype are computed in float32 here and rounded."""
-    return requested() == "auto" and emulation.emulates(dtype, device_type)
+def in_float32(dtype: torch.dtype, device_type: str, backend: str | None = None) -> bool:
+    """Whether convolutions of the dtype are computed in float32 here and rounded; `backend` as in `choose`."""
+    return (backend or requested()) == "auto" and emulation.emulates(dtype, device_type)
 
 
 def prefers_channels_last(x: Tensor) -> bool:

@@ -153,7 +153,6 @@ def test_gradients(dtype: torch.dtype, channels_last: bool) -> None:
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for ours, exact in zip(*results, strict=True):
         assert ours.dtype == dtype
-        assert torch.equal(ours[:0], exact[:0].to(dtype))
         torch.testing.assert_close(ours, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 

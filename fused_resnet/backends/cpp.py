@@ -252,7 +252,7 @@ def partly(op: str) -> tuple[bool, str] | None:
     if reason is not None:
         return False, f"on request; {reason}"
     if op == "conv":
-        return True, f"training: float32, channels_last, ungrouped, from {_PACKED_AT_EACH_CALL} output pixels"
+        return True, "training: float32, channels_last, ungrouped, where faster than oneDNN"
     convs = f"float32, channels_last, output channels in multiples of {_PANEL}"
     return True, f"modules: {convs}; 3x3 with stride 1 by Winograd's algorithm, other 3x3 of single images"
 
@@ -593,7 +593,7 @@ def _input_gradient(
         return _onto(onto, out, x, stride)
     if large and _FEW_PIXELS * pixels <= weight.shape[0]:
         out = products.input_gradient(grad, x, weight, stride, padding, dilation)
-        return out if onto is None else onto.add_(out)
+        return _onto(onto, out, x, (1, 1))
     if stride != (1, 1) and (max(kernel) > 1 or padding != (0, 0) or onto is None):
         return None
     margins = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])

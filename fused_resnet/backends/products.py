@@ -7,6 +7,7 @@ own, which takes longer than the products.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,10 +42,7 @@ def output(
     dilation: tuple[int, int],
 ) -> Tensor:
     """conv2d(x, weight), of `size`: (N, height, width)."""
-    windows = _windows(x, size, weight.shape[2:], stride, padding, dilation)
-    if is_channels_last(weight):
-        return images_of(windows.flatten(1) @ weight.permute(0, 2, 3, 1).flatten(1).t(), *size)
-    return images_of(windows.permute(0, 3, 1, 2).flatten(1) @ weight.flatten(1).t(), *size)
+    return images_of(_windows(x, size, weight, stride, padding, dilation) @ _matrix(weight).t(), *size)
 
 
 def weight_gradient(
@@ -57,26 +55,33 @@ def weight_gradient(
 ) -> Tensor:
     """The gradient of conv2d's weight, in its layout."""
     k, c, *kernel = weight.shape
-    windows = _windows(x, (grad.shape[0], *grad.shape[2:]), kernel, stride, padding, dilation)
-    if is_channels_last(weight):
-        return product(rows_of(grad), windows.flatten(1)).view(k, *kernel, c).permute(0, 3, 1, 2)
-    return product(rows_of(grad), windows.permute(0, 3, 1, 2).flatten(1)).view(weight.shape)
+    windows = _windows(x, (grad.shape[0], *grad.shape[2:]), weight, stride, padding, dilation)
+    matrix = product(rows_of(grad), windows)
+    return matrix.view(k, *kernel, c).permute(0, 3, 1, 2) if is_channels_last(weight) else matrix.view(weight.shape)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(K, R S C) of a weight in channels_last, else (K, C R S)."""
+    return (weight.permute(0, 2, 3, 1) if is_channels_last(weight) else weight).flatten(1)
 
 
 def _windows(
     x: Tensor,
     size: Sequence[int],
-    kernel: Sequence[int],
+    weight: Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Tensor:
-    """(pixels of the output, R, S, C): what the kernel meets of a channels_last x; `size`: the output's, as above."""
+    """(pixels of the output, columns of `_matrix`): what the kernel meets of a channels_last x; `size`: as above."""
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
     image, row, pixel, _ = padded.stride()
-    shape = (*size, *kernel, x.shape[1])
+    shape = (*size, *weight.shape[2:], x.shape[1])
     steps = (image, row * stride[0], pixel * stride[1], row * dilation[0], pixel * dilation[1], 1)
-    return padded.as_strided(shape, steps).reshape(-1, *shape[3:])
+    windows = padded.as_strided(shape, steps)
+    if not is_channels_last(weight):
+        windows = windows.permute(0, 1, 2, 5, 3, 4)
+    return windows.reshape(math.prod(size), -1)
 
 
 def input_gradient(
@@ -89,10 +94,11 @@ def input_gradient(
 ) -> Tensor:
     """The gradient of conv2d's input x; what the product gives for each tap is added up."""
     (n, c, height, width), (_, _, p, q), (*_, r, s) = x.shape, grad.shape, weight.shape
+    taps = rows_of(grad) @ _matrix(weight)
     if is_channels_last(weight):
-        taps = (rows_of(grad) @ weight.permute(0, 2, 3, 1).flatten(1)).view(n, p, q, r, s, c)
+        taps = taps.view(n, p, q, r, s, c)
     else:
-        taps = (rows_of(grad) @ weight.flatten(1)).view(n, p, q, c, r, s).permute(0, 1, 2, 4, 5, 3)
+        taps = taps.view(n, p, q, c, r, s).permute(0, 1, 2, 4, 5, 3)
     padded = x.new_zeros(n, height + 2 * padding[0], width + 2 * padding[1], c)
     for i, j in itertools.product(range(r), range(s)):
         top, left = i * dilation[0], j * dilation[1]

@@ -136,7 +136,7 @@ def _by_convs(g: Tensor, backend: str) -> bool:
     """Whether convolutions, rather than matrix products, are what the products of the Gram form are fastest by."""
     if g.device.type != "cpu":
         return False
-    return g.dtype == torch.float32 or (conv_backend(backend) == "auto" and emulation.emulates(g.dtype, "cpu"))
+    return g.dtype == torch.float32 or dispatch.in_float32(g.dtype, "cpu", backend)
 
 
 def _gram_backward(
