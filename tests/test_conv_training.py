@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 def whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors take the ways of large ones."""
     monkeypatch.setattr(cpp, "_PACKED_AT_EACH_CALL", 0)
+    monkeypatch.setattr(cpp, "_WINOGRAD_AT_EACH_CALL", 0)
 
 
 def assert_as_exact(name: str, ours: Tensor, torchs: Tensor, exact: Tensor, terms: int) -> None:
@@ -209,7 +210,44 @@ def test_masked_sums(shape: tuple[int, ...]) -> None:
     assert ((sums - exact).abs() <= 4 * torch.finfo(torch.float32).eps * terms**0.5 * 4).all()
 
 
-# ---- weights of the backward convolution -----------------------------------------------------------------------------
+# ---- weights in other orders -----------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_packed_weights(data: st.DataObject) -> None:
+    """(panels, R, S, C, panel), filled up with zeros, from a weight of any strides, by any number of threads."""
+    draw = lambda least, most: data.draw(st.integers(least, most))  # noqa: E731
+    k, c, *kernel = draw(1, 70), draw(1, 40), draw(1, 6), draw(1, 6)
+    panel, backward = 32 * draw(1, 2), data.draw(st.booleans())
+    weight = torch.randn(2 * k, c + 1, *kernel)
+    weight = weight.contiguous(memory_format=data.draw(st.sampled_from([torch.contiguous_format, torch.channels_last])))
+    weight = weight[::2, 1:] if data.draw(st.booleans()) else weight[:k].clone()
+    read = weight.transpose(0, 1).flip(2, 3) if backward else weight
+    panels = -(-read.shape[0] // panel)
+    filled = torch.cat([read, read.new_zeros(panels * panel - read.shape[0], *read.shape[1:])])
+    expected = filled.view(panels, panel, *read.shape[1:]).permute(0, 3, 4, 2, 1)
+    with threads(draw(1, 3)):
+        assert torch.equal(cpp._ops.conv_pack.default(weight, panel, backward), expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 32, 3, 3), (70, 37, 2, 5), (2, 16, 7, 7), (1, 5, 1, 19), (4, 1, 3, 3), (0, 8, 2, 2)]
+)
+def test_turned_into_planes(shape: tuple[int, ...]) -> None:
+    x = channels_last(*shape)
+    with guarded(shape[0], 1, 1, x[0].numel() if x.numel() else 0) as out:
+        cpp._ops.nhwc_to_nchw.default(x, out.view(shape))
+    assert torch.equal(out.view(shape), x)
+    with pytest.raises(RuntimeError, match="of x's shape"):
+        cpp._ops.nhwc_to_nchw.default(x, x.new_empty(*shape[:3], shape[3] + 1))
+
+
+def test_only_float32_in_channels_last_is_turned() -> None:
+    x = torch.randn(2, 8, 3, 3)
+    for wrong in (x, channels_last(2, 8, 3, 3).double()):
+        with pytest.raises(RuntimeError, match=r"x must be"):
+            cpp._ops.nhwc_to_nchw.default(wrong, torch.empty_like(x))
 
 
 @pytest.mark.parametrize("pack", ["conv_pack", "winograd_pack"])
@@ -256,6 +294,7 @@ def test_primitives(shape: Any, layout: torch.memory_format, dtype: torch.dtype)
 def test_few_pixels(shape: Any, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     """By matrix products, the weight in either layout."""
     monkeypatch.setattr(cpp, "_PACKED_AT_EACH_CALL", 1 << 30)
+    monkeypatch.setattr(cpp, "_WINOGRAD_AT_EACH_CALL", 1 << 30)
     monkeypatch.setattr(cpp, "_FEW_PIXELS", 0)
     monkeypatch.setattr(cpp, "_LARGE_WEIGHT", 0)
     refused = lambda *_: pytest.fail("torch's own convolution was called")  # noqa: E731

@@ -253,12 +253,33 @@ Tensor conv_pack(const Tensor& weight, int64_t wide, bool backward) {
   const int64_t lines = ceil_div(c, kLine);
   parallel_items(panels * lines, r * s * kLine * wide, false, [=](int64_t item) {
     const int64_t p = item / lines, first = item % lines * kLine, count = std::min(kLine, c - first);
-    float* out = to + p * strides[0] + first * wide;
-    for (int64_t tap = 0; tap < r * s; ++tap) {
-      from.panel(p * wide, wide, first, count, tap / s, tap % s, out + tap * strides[2], wide);
-    }
+    from.panels(p * wide, wide, first, count, to + p * strides[0] + first * wide, strides[2], wide);
   });
   return packed;
+}
+
+// (N, C, H, W) in channels_last -> out, contiguous.
+void nhwc_to_nchw(const Tensor& x, const Tensor& out) {
+  check_nhwc(x, "x");
+  STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == ScalarType::Float && out.sizes().equals(x.sizes()),
+                  "out must be contiguous, float32, of x's shape");
+  const int64_t c = x.size(1), pixels = x.size(2) * x.size(3);
+  const float* from = read<float>(x);
+  float* to = write<float>(out);
+  parallel_items(x.size(0), c * pixels, false, [=](int64_t n) {
+    const float* rows = from + n * c * pixels;
+    float* planes = to + n * c * pixels;
+#ifdef FR_CONV
+    for (int64_t pixel = 0; conv_available() && pixel < pixels; pixel += kLine) {
+      for (int64_t i = 0; i < c; i += kLine) {
+        const int64_t down = std::min(kLine, pixels - pixel), across = std::min(kLine, c - i);
+        transpose<true>(rows + pixel * c + i, c, planes + i * pixels + pixel, pixels, down, across);
+      }
+    }
+    if (conv_available()) return;
+#endif
+    for (int64_t i = 0; i < c * pixels; ++i) planes[i] = rows[i % pixels * c + i / pixels];
+  });
 }
 
 void convolve(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const OptionalTensor& residual,
@@ -315,6 +336,7 @@ void conv_relu_pool(const Tensor& x, const Tensor& packed, const OptionalTensor&
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpp, CPU, m) {
   m.impl("conv_pack", TORCH_BOX(&fused_resnet::conv_pack));
+  m.impl("nhwc_to_nchw", TORCH_BOX(&fused_resnet::nhwc_to_nchw));
   m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));
   m.impl("conv_relu_pool", TORCH_BOX(&fused_resnet::conv_relu_pool));
 }

@@ -53,11 +53,16 @@ inline __m512 relu(__m512 v) {  // keeps NaN
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
 }
 
-// to[j][i] = from[i][j] of 16 x 16 floats.
-inline void transpose(const float* from, int64_t from_step, float* to, int64_t to_step) {
+// to[j][i] = from[i][j] of 16 x 16 floats; Part: of `rows` x `columns`.
+template <bool Part = false>
+void transpose(const float* from, int64_t from_step, float* to, int64_t to_step, int64_t rows = 16, int64_t columns = 16) {
   __m512 a[16], b[16];
+  const __mmask16 across = static_cast<__mmask16>((1u << columns) - 1), down = static_cast<__mmask16>((1u << rows) - 1);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * from_step);
+  for (int i = 0; i < 16; ++i) {
+    const float* row = from + i * from_step;
+    a[i] = !Part ? _mm512_loadu_ps(row) : i < rows ? _mm512_maskz_loadu_ps(across, row) : _mm512_setzero_ps();
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
   const auto pair = [](__m512 x, __m512 y, auto high) {
@@ -73,10 +78,14 @@ inline void transpose(const float* from, int64_t from_step, float* to, int64_t t
   for (int j = 0; j < 4; ++j) {
     const __m512 even = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), even2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
     const __m512 odd = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd), odd2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
-    _mm512_storeu_ps(to + j * to_step, _mm512_shuffle_f32x4(even, even2, 0x88));
-    _mm512_storeu_ps(to + (4 + j) * to_step, _mm512_shuffle_f32x4(odd, odd2, 0x88));
-    _mm512_storeu_ps(to + (8 + j) * to_step, _mm512_shuffle_f32x4(even, even2, 0xdd));
-    _mm512_storeu_ps(to + (12 + j) * to_step, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
+    const auto store = [=](int column, __m512 line) {
+      if (!Part) _mm512_storeu_ps(to + column * to_step, line);
+      else if (column < columns) _mm512_mask_storeu_ps(to + column * to_step, down, line);
+    };
+    store(j, _mm512_shuffle_f32x4(even, even2, 0x88));
+    store(4 + j, _mm512_shuffle_f32x4(odd, odd2, 0x88));
+    store(8 + j, _mm512_shuffle_f32x4(even, even2, 0xdd));
+    store(12 + j, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
   }
 }
 
@@ -226,24 +235,42 @@ struct WeightView {
     std::swap(k, c), std::swap(step_k, step_c), step_r = -step_r, step_s = -step_s;
   }
 
-  // to[j][i] = weight[i0 + i][j0 + j] of a tap, i < wide, zeros from k on, and j < count <= 16; rows of `to` are `step` apart.
-  void panel(int64_t i0, int64_t wide, int64_t j0, int64_t count, int64_t y, int64_t x, float* to, int64_t step) const {
-    const float* from = this->first + i0 * step_k + j0 * step_c + y * step_r + x * step_s;
-    const int64_t there = std::clamp<int64_t>(k - i0, 0, wide);
+  // to[tap][j][i] = weight[i0 + i][j0 + j][tap], i < wide, zeros from k on, and j < count <= 16; taps of `to` are `tap_step`
+  // apart, rows `step`.
+  void panels(int64_t i0, int64_t wide, int64_t j0, int64_t count, float* to, int64_t tap_step, int64_t step) const {
+    const int64_t there = std::clamp<int64_t>(k - i0, 0, wide), taps = r * s;
+    const float* from = first + i0 * step_k + j0 * step_c;
     int64_t done = 0;
 #ifdef FR_CONV
-    if (step_c == 1 && count == kLine && conv_available()) {
-      for (; done + kLine <= there; done += kLine) transpose(from + done * step_k, step_k, to + done, step);
+    const bool planes = step_c != 1 && taps > 1 && taps <= kLine && std::abs(step_s) == 1 && step_r == s * step_s;
+    for (; conv_available() && done + kLine <= there; done += kLine) {
+      const float* lines = from + done * step_k;
+      if (step_c == 1 && count == kLine) {
+        for (int64_t tap = 0; tap < taps; ++tap) transpose(lines + at(tap), step_k, to + tap * tap_step + done, step);
+      } else if (planes) {
+        const int64_t lowest = step_s > 0 ? 0 : taps - 1;
+        for (int64_t j = 0; j < count; ++j) {
+          float* column = to + lowest * tap_step + j * step + done;
+          transpose<true>(lines + j * step_c + at(lowest), step_k, column, step_s * tap_step, kLine, taps);
+        }
+      } else {
+        break;
+      }
     }
 #endif
-    for (int64_t j = 0; j < count; ++j) {
-      float* row = to + j * step;
-      const float* column = from + j * step_c;
-      if (step_k == 1) std::memcpy(row, column, there * sizeof(float));
-      else for (int64_t i = done; i < there; ++i) row[i] = column[i * step_k];
-      std::memset(row + there, 0, (wide - there) * sizeof(float));
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t j = 0; j < count; ++j) {
+        float* row = to + tap * tap_step + j * step;
+        const float* column = from + at(tap) + j * step_c;
+        if (step_k == 1) std::memcpy(row, column, there * sizeof(float));
+        else for (int64_t i = done; i < there; ++i) row[i] = column[i * step_k];
+        std::memset(row + there, 0, (wide - there) * sizeof(float));
+      }
     }
   }
+
+ private:
+  int64_t at(int64_t tap) const { return tap / s * step_r + tap % s * step_s; }
 };
 
 struct Operands {

@@ -193,9 +193,7 @@ Tensor winograd_pack(const Tensor& weight, int64_t wide, bool backward) {
   parallel_items(panels * lines, kPoints * kLine * wide, false, [=](int64_t item) {
     const int64_t p = item / lines, first = item % lines * kLine, count = std::min(kLine, c - first);
     float taps[kLine][9][kMostWide];
-    for (int64_t tap = 0; tap < 9; ++tap) {
-      from.panel(p * wide, wide, first, count, tap / 3, tap % 3, taps[0][tap], 9 * kMostWide);
-    }
+    from.panels(p * wide, wide, first, count, taps[0][0], kMostWide, 9 * kMostWide);
     float points[kPoints][kLine * kMostWide];  // for long runs of stores
     for (int64_t i = 0; i < count; ++i) transform_weight(wide, taps[i][0], points[0] + i * wide, kLine * kMostWide);
     for (int64_t point = 0; point < kPoints; ++point) {

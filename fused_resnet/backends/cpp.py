@@ -61,6 +61,7 @@ _SCHEMAS = (
     "new_images(Tensor like, int n, int c, int h, int w) -> Tensor",
     "conv_available() -> bool",
     "conv_pack(Tensor weight, int panel, bool backward=False) -> Tensor",
+    "nhwc_to_nchw(Tensor x, Tensor(a!) out) -> ()",
     "winograd_pack(Tensor weight, int panel, bool backward=False) -> Tensor",
     "conv_check(Tensor x, Tensor weight, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,"
     " int dilation_w) -> ()",
@@ -79,6 +80,7 @@ _PANEL, _WIDE_PANEL = 32, 64  # output channels that csrc's convolution takes at
 _POOL = ((3, 3), (2, 2), (1, 1), (1, 1))  # the stem's max pool: kernel, stride, padding, dilation
 _KEPT = 6  # arguments of a choice for weights that are packed once: (weight, *geometry, activation)
 _PACKED_AT_EACH_CALL = 512  # output pixels from which packing a weight costs less than it gains
+_WINOGRAD_AT_EACH_CALL = 192  # the same, for Winograd's algorithm
 _LARGE_WEIGHT = 1 << 16  # numbers of a weight from which, where output pixels are fewer, convs are matrix products
 _FEW_PIXELS = 4  # output channels per output pixel from which all of a convolution's are
 _DTYPES = {
@@ -239,9 +241,11 @@ def _not_direct(x: Tensor, weight: Tensor, groups: int) -> str | None:
 def _pays(weight: Tensor, pixels: int, stride: Any, padding: Any, dilation: Any, shape: tuple[int, ...]) -> bool:
     """Whether csrc's convolution, where it serves a batch, is faster than oneDNN's though it packs its weight."""
     channels, inputs, *kernel = weight.shape
-    if channels % _PANEL or max(dilation) > 1 or pixels < _PACKED_AT_EACH_CALL:
+    if channels % _PANEL or max(dilation) > 1:
         return False
-    return max(kernel) == 1 or inputs < 16 or _by_winograd(weight, shape, stride, padding, dilation)
+    if _by_winograd(weight, shape, stride, padding, dilation):
+        return pixels >= _WINOGRAD_AT_EACH_CALL
+    return (max(kernel) == 1 or inputs < 16) and pixels >= _PACKED_AT_EACH_CALL
 
 
 def partly(op: str) -> tuple[bool, str] | None:
@@ -570,7 +574,13 @@ def conv_backward(
         rest = (onto, stride, padding, dilation, groups, needs_x, needs_weight)
         torchs = reference.conv_backward(grad, x, weight, *rest)
         grad_x, grad_weight = (torchs[0] if needs_x else grad_x), (torchs[1] if needs_weight else grad_weight)
-    return grad_x, grad_weight
+    return grad_x, None if grad_weight is None else _laid_out(grad_weight, weight)
+
+
+def _laid_out(grad: Tensor, weight: Tensor) -> Tensor:
+    """A weight's gradient, contiguous where it came in channels_last and the weight is contiguous."""
+    turned = grad.dim() == 4 and is_channels_last(grad) and weight.is_contiguous()
+    return products.nchw(grad) if turned and grad.dtype == torch.float32 else grad
 
 
 def _input_gradient(
@@ -638,25 +648,23 @@ def _weight_gradient(
     dilation: tuple[int, int],
 ) -> Tensor | None:
     """Where there is a faster way to it than oneDNN's; else None."""
-    k, c, *kernel = weight.shape
+    (k, c, *kernel), geometry = weight.shape, (stride, padding, dilation)
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     large = _is_large(weight, pixels)
     if _is_pointwise(weight, padding) and (large or min(k, c) >= _LEAST_CHANNELS):
         return products.product(products.rows_of(grad), products.rows_of(x, stride)).view(k, c, 1, 1)
-    if large:
-        return products.weight_gradient(grad, x, weight, stride, padding, dilation)
-    if pixels < _PACKED_AT_EACH_CALL:
-        return None
-    if kernel == [1, 1] or c % 32 or k % 16:
-        return None
-    out = torch.empty_like(weight, memory_format=torch.channels_last)
-    if _by_winograd(weight, tuple(x.shape), stride, padding, dilation):
+    whole = c % 32 == 0 and k % 16 == 0
+    if whole and pixels >= _WINOGRAD_AT_EACH_CALL and _by_winograd(weight, tuple(x.shape), *geometry):
+        out = _ops.new_images.default(x, k, c, *kernel)
         _ops.winograd_gradient.default(x, grad, out, *padding)
-    elif stride == (1, 1):
-        return None
-    else:
+        return out
+    if large:
+        return products.weight_gradient(grad, x, weight, *geometry)
+    if whole and pixels >= _PACKED_AT_EACH_CALL and kernel != [1, 1] and stride != (1, 1):
+        out = _ops.new_images.default(x, k, c, *kernel)
         _ops.conv_gradient.default(x, grad, out, *stride, *padding, *dilation)
-    return out
+        return out
+    return None
 
 
 def conv_bias_act_forward(

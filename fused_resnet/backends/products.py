@@ -27,6 +27,13 @@ def images_of(rows: Tensor, n: int, height: int, width: int) -> Tensor:
     return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
+def nchw(x: Tensor) -> Tensor:
+    """A contiguous copy of a channels_last x, float32, in the network's memory."""
+    out = torch.ops.fused_resnet_cpp.new_images.default(x, x.shape[0], x[0].numel(), 1, 1)[:, :, 0, 0].view(x.shape)
+    torch.ops.fused_resnet_cpp.nhwc_to_nchw.default(x, out)
+    return out
+
+
 def product(u: Tensor, v: Tensor) -> Tensor:
     """u^T v of two matrices, in the network's memory."""
     out = torch.ops.fused_resnet_cpp.new_images.default(u, 1, v.shape[1], u.shape[1], 1)[0, :, :, 0].t()
@@ -74,14 +81,14 @@ def _windows(
     dilation: tuple[int, int],
 ) -> Tensor:
     """(pixels of the output, columns of `_matrix`): what the kernel meets of a channels_last x; `size`: as above."""
+    if math.prod(weight.shape[2:]) == 1 and not any(padding):
+        return rows_of(x, stride)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
     image, row, pixel, _ = padded.stride()
     shape = (*size, *weight.shape[2:], x.shape[1])
     steps = (image, row * stride[0], pixel * stride[1], row * dilation[0], pixel * dilation[1], 1)
-    windows = padded.as_strided(shape, steps)
-    if not is_channels_last(weight):
-        windows = windows.permute(0, 1, 2, 5, 3, 4)
-    return windows.reshape(math.prod(size), -1)
+    windows = padded.as_strided(shape, steps).reshape(math.prod(size), *shape[3:])
+    return (windows if is_channels_last(weight) else nchw(windows.permute(0, 3, 1, 2))).flatten(1)
 
 
 def input_gradient(
