@@ -28,6 +28,7 @@ from .bench_zoo import MODES, speed
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d")
 MODELS += ("resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
 BATCHES = (1, 4, 16)
+ROUNDS = 9  # at least
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 
 
@@ -46,7 +47,7 @@ def measure(name: str, layout: str, batches: list[int]) -> list[records.Row]:
         fr.verify(model, images[:2, :, :64, :64], train=train)
         for batch in batches:
             x = images[:batch].contiguous(memory_format=LAYOUTS[layout])
-            rows += [_case(name, layout, mode, batch) | row for row in speed(model, plain, x, train)]
+            rows += [_case(name, layout, mode, batch) | row for row in speed(model, plain, x, train, ROUNDS)]
     return [{"suite": "family"} | row for row in rows]
 
 

@@ -61,15 +61,15 @@ def _step(model: nn.Module, x: Tensor, train: bool) -> harness.Step:
     return step if train else infer
 
 
-def speed(model: nn.Module, plain: nn.Module, x: Tensor, train: bool) -> list[dict[str, Any]]:
-    """Rows of the speed-up and of both times."""
+def speed(model: nn.Module, plain: nn.Module, x: Tensor, train: bool, least: int = _ROUNDS[0]) -> list[dict[str, Any]]:
+    """Rows of the speed-up and of both times; `least`: rounds at least."""
     clock = harness.timer(x.device)
     steps: dict[str, Callable[[], harness.Step]] = {
         "fused": lambda: _step(model, x, train),
         "unfused": lambda: _step(plain, x, train),
     }
     pair = sum(min(clock(make()) for _ in range(2)) for make in steps.values()) / 1e3
-    rounds = max(_ROUNDS[0], min(_ROUNDS[1], int(_SECONDS / pair)))
+    rounds = max(least, min(_ROUNDS[1], int(_SECONDS / pair)))
     times, complete = harness.measure(steps, rounds, 1, clock)
     if not complete:
         raise KeyboardInterrupt
