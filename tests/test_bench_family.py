@@ -50,7 +50,7 @@ def test_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parity first, then both formats in both modes."""
     checked: list[bool] = []
     monkeypatch.setattr(bench_family.fr, "verify", lambda model, x, train: checked.append(train))
-    monkeypatch.setattr(bench_family, "speed", lambda model, plain, x, train: [{"metric": "speedup", "value": len(x)}])
+    monkeypatch.setattr(bench_family, "speed", lambda model, plain, x, *_: [{"metric": "speedup", "value": len(x)}])
     for layout in bench_family.LAYOUTS:
         rows = bench_family.measure("resnet18", layout, [1, 2])
         assert [(row["case"], row["direction"], row["batch"], row["value"]) for row in rows] == [

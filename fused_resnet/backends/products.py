@@ -87,7 +87,7 @@ def _windows(
     image, row, pixel, _ = padded.stride()
     shape = (*size, *weight.shape[2:], x.shape[1])
     steps = (image, row * stride[0], pixel * stride[1], row * dilation[0], pixel * dilation[1], 1)
-    windows = padded.as_strided(shape, steps).reshape(math.prod(size), *shape[3:])
+    windows = padded.as_strided(shape, steps).contiguous().view(math.prod(size), *shape[3:])
     return (windows if is_channels_last(weight) else nchw(windows.permute(0, 3, 1, 2))).flatten(1)
 
 
