@@ -53,7 +53,7 @@ bench-cpu: $(STAMPS)/bench $(STAMPS)/rivals $(STAMPS)/extension ## ResNet-50 and
 	done
 	$(BIN)/fused-resnet bench-all --parts report
 
-bench-family: $(STAMPS)/bench $(STAMPS)/extension ## all ten ResNets beside torch's modules, batches of 1, 4 and 16: an hour; it resumes
+bench-family: $(STAMPS)/bench $(STAMPS)/extension ## all ten ResNets beside torch's modules, batches of 1, 4 and 16: two hours; it resumes
 	$(BIN)/python -m fused_resnet.benchmarks.bench_family $(BENCH_ARGS)
 
 bench-zoo: $(STAMPS)/bench $(STAMPS)/peers $(STAMPS)/extension ## fuse() on every model of benchmarks/zoo.py: the README's table; it resumes

@@ -5,7 +5,7 @@
 Writes results/cpu/family.csv after each network, so an interrupted run goes on where it was, and family.md, the table,
 beside it. float32, 224x224; parity first (`fused_resnet.verify`, 64x64). Times are medians of paired ratios, ours and
 torch's in turn: "channels_last" with parameters and images in that format, "NCHW" with nothing converted. All takes
-an hour on 2 idle cores.
+about two hours on 2 cores.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:3]]
 from fused_resnet.backends.triton import configs, runtime  # noqa: E402
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
-QUICK = ("sm_90", "gfx942")
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 TENSOR_CORE |= {"sm_120": "mma.sync", "gfx942": "v_mfma"}
 
