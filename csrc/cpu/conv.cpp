@@ -270,13 +270,15 @@ void nhwc_to_nchw(const Tensor& x, const Tensor& out) {
     const float* rows = from + n * c * pixels;
     float* planes = to + n * c * pixels;
 #ifdef FR_CONV
-    for (int64_t pixel = 0; conv_available() && pixel < pixels; pixel += kLine) {
-      for (int64_t i = 0; i < c; i += kLine) {
-        const int64_t down = std::min(kLine, pixels - pixel), across = std::min(kLine, c - i);
-        transpose<true>(rows + pixel * c + i, c, planes + i * pixels + pixel, pixels, down, across);
+    if (conv_available()) {
+      for (int64_t pixel = 0; pixel < pixels; pixel += kLine) {
+        for (int64_t i = 0; i < c; i += kLine) {
+          const int64_t down = std::min(kLine, pixels - pixel), across = std::min(kLine, c - i);
+          transpose<true>(rows + pixel * c + i, c, planes + i * pixels + pixel, pixels, down, across);
+        }
       }
+      return;
     }
-    if (conv_available()) return;
 #endif
     for (int64_t i = 0; i < c * pixels; ++i) planes[i] = rows[i % pixels * c + i / pixels];
   });

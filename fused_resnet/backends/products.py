@@ -27,17 +27,21 @@ def images_of(rows: Tensor, n: int, height: int, width: int) -> Tensor:
     return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
+def _new_matrix(like: Tensor, rows: int, columns: int) -> Tensor:
+    """In the network's memory."""
+    return torch.ops.fused_resnet_cpp.new_images.default(like, rows, columns, 1, 1)[:, :, 0, 0]
+
+
 def nchw(x: Tensor) -> Tensor:
     """A contiguous copy of a channels_last x, float32, in the network's memory."""
-    out = torch.ops.fused_resnet_cpp.new_images.default(x, x.shape[0], x[0].numel(), 1, 1)[:, :, 0, 0].view(x.shape)
+    out = _new_matrix(x, x.shape[0], math.prod(x.shape[1:])).view(x.shape)
     torch.ops.fused_resnet_cpp.nhwc_to_nchw.default(x, out)
     return out
 
 
 def product(u: Tensor, v: Tensor) -> Tensor:
     """u^T v of two matrices, in the network's memory."""
-    out = torch.ops.fused_resnet_cpp.new_images.default(u, 1, v.shape[1], u.shape[1], 1)[0, :, :, 0].t()
-    return torch.mm(u.t(), v, out=out)
+    return torch.mm(u.t(), v, out=_new_matrix(u, u.shape[1], v.shape[1]))
 
 
 def output(
